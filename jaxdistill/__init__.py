@@ -1,0 +1,61 @@
+"""jaxdistill: make language models smaller, in JAX.
+
+Everything is a pure function of pytrees:
+
+    ApplyFn    (params, tokens[B, T]) -> Output(hidden[B, T, D], head[V, D])
+    Transform  params -> params                            fake quantization, dequantization
+    Objective  (params, teacher_params, batch) -> (loss_sum, count, metrics)
+    Optimizer  an optax.GradientTransformation             ov-freeze is a mask around one
+    step       (state, teacher_params, batch) -> (state, metrics)
+
+Axis letters, in shape suffixes and annotations:
+
+    B rows of a batch      T tokens of a row      S key/value places     N tokens, B*T; query heads
+    D model width          V vocabulary           L layers               K key/value heads
+    H width of a head      F rotary pairs, H/2    G groups that share a scale
+"""
+
+from jaxdistill.errors import UserError
+from jaxdistill.evals.perplexity import make_evaluator
+from jaxdistill.kd.freeze import OV_PATTERN, freeze, ov_freeze
+from jaxdistill.kd.objective import kd_objective
+from jaxdistill.kd.step import TrainState, adamw, init_state, make_step
+from jaxdistill.models.decoder import make_apply
+from jaxdistill.models.generate import Sampling, generate
+from jaxdistill.models.hub import Model, load_model
+from jaxdistill.quant.lattice import QuantSpec
+from jaxdistill.quant.policy import (
+    Policy,
+    add_scales,
+    default_policy,
+    dequantize_params,
+    fake_quant_params,
+    quantize_params,
+    snap,
+)
+
+__all__ = [
+    "OV_PATTERN",
+    "Model",
+    "Policy",
+    "QuantSpec",
+    "Sampling",
+    "TrainState",
+    "UserError",
+    "adamw",
+    "add_scales",
+    "default_policy",
+    "dequantize_params",
+    "fake_quant_params",
+    "freeze",
+    "generate",
+    "init_state",
+    "kd_objective",
+    "load_model",
+    "make_apply",
+    "make_evaluator",
+    "make_step",
+    "ov_freeze",
+    "quantize_params",
+    "snap",
+]

@@ -1,0 +1,68 @@
+"""The command line: one verb a recipe, one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from jaxdistill.errors import UserError
+from jaxdistill.recipes.demo import Demo, demo
+from jaxdistill.recipes.evaluate import Evaluate, evaluate
+from jaxdistill.recipes.export import Export, export
+from jaxdistill.recipes.generate import Generate, generate
+from jaxdistill.recipes.quantize import Quantize, quantize
+from jaxdistill.report.table import result_table
+
+VERBS = {
+    "quantize": Quantize,
+    "evaluate": Evaluate,
+    "export": Export,
+    "generate": Generate,
+    "demo": Demo,
+}
+
+
+def run(options: Any) -> None:
+    """Do what the parsed options ask for; results go to stdout, progress to stderr."""
+    out = Console()
+    match options:
+        case Quantize():
+            results = quantize(options)
+            if options.json:
+                print(json.dumps(results))
+        case Evaluate():
+            result = evaluate(options)
+            if options.json:
+                print(json.dumps(result))
+            else:
+                out.print(result_table({options.model: result}))
+        case Export():
+            print(export(options))
+        case Generate():
+            print(generate(options))
+        case Demo():
+            report = demo(options)
+            if options.json:
+                print(json.dumps(report))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, run, and exit: 0 done, 2 bad input, 130 interrupted."""
+    try:
+        options = tyro.extras.subcommand_cli_from_dict(
+            VERBS,  # pyright: ignore[reportArgumentType]
+            prog="jaxdistill",
+            description="Make language models smaller: 4-bit distillation with ov-freeze, in JAX.",
+            args=arguments,
+        )
+        run(options)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume where the verb has it", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,10 @@
+"""The one error a user's input can raise."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Report bad input in one line: what was given, what is accepted, what to do.
+
+    The command line prints it as ``error: <line>`` and exits with code 2.
+    """

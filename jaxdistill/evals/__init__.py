@@ -1,0 +1,1 @@
+"""Judging a model: negative log-likelihood, divergence from the teacher, agreement, bytes."""

@@ -1,0 +1,1 @@
+"""Writing the student for other programs, from the stored integers and scales."""

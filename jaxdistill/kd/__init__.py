@@ -1,0 +1,1 @@
+"""Knowledge distillation: objectives, ov-freeze, and the jitted training step."""

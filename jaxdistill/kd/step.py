@@ -1,0 +1,121 @@
+"""The training step: ``(state, teacher_params, batch) -> (state, metrics)``, jitted and donated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdistill.kd.freeze import combine, freeze_mask, partition, zeros_for_frozen
+from jaxdistill.kd.objective import Batch, Metrics, Objective
+from jaxdistill.models.decoder import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Hold everything a step changes: the count of updates, float32 masters, optimizer state."""
+
+    step: Any  # int32 []; not checked, for jax also builds states of shapes and of donation marks
+    params: Params
+    opt_state: Any
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first step; it owns copies, for the step donates its state."""
+    params = jax.tree.map(jnp.array, params)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def adamw(
+    learning_rate: float,
+    steps: int,
+    *,
+    warmup: float = 0.05,
+    final: float = 0.1,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """Build AdamW behind global-norm clipping, with linear warm-up and cosine decay.
+
+    Args:
+        learning_rate: the peak.
+        steps: updates in all.
+        warmup: share of the steps that rise linearly from 0.
+        final: the last rate, as a share of the peak.
+        weight_decay: decoupled decay of matrices; vectors (norms, biases) have none.
+        clip_norm: largest global norm of the gradient.
+    """
+    rise = max(1, round(warmup * steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        learning_rate / rise, learning_rate, rise, max(steps, rise + 1), final * learning_rate
+    )
+
+    def decayed(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: getattr(keys[-1], "key", None) in ("kernel", "embedding"), params
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b2=0.95, weight_decay=weight_decay, mask=decayed),
+    )
+
+
+def make_step(
+    objective: Objective, tx: optax.GradientTransformation, *, accumulate: int = 1
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
+    """Build the jitted step.
+
+    Gradients are taken of the trainable part of the params alone (``tx.freeze_mask``, where ``tx``
+    comes from ``kd.freeze``), so a frozen kernel's weight gradient is never computed and the kernel
+    itself passes through untouched. The state is donated: use the returned one.
+
+    Args:
+        objective: see ``kd.objective``.
+        tx: any optax optimizer, usually ``ov_freeze(...)`` of one.
+        accumulate: micro-batches a step; the batch's rows are divided among them, and the loss is
+            the same mean over all their tokens.
+    """
+    mask_of = getattr(tx, "freeze_mask", freeze_mask)
+
+    def sums_and_gradient(trainable, frozen, teacher_params, batch):
+        def loss(trainable):
+            total, count, metrics = objective(combine(trainable, frozen), teacher_params, batch)
+            return total, (count, metrics)
+
+        (_, (count, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return gradient, count, metrics
+
+    def step(state: TrainState, teacher_params: Params | None, batch: Batch):
+        trainable, frozen = partition(state.params, mask_of(state.params))
+
+        def micro(part: Batch):
+            return sums_and_gradient(trainable, frozen, teacher_params, part)
+
+        if accumulate == 1:
+            gradient, count, metrics = micro(batch)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            zeros = jax.tree.map(
+                lambda s: jnp.zeros(s.shape, s.dtype),
+                jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts)),
+            )
+            gradient, count, metrics = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, micro(part)), None), zeros, parts
+            )[0]
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), gradient)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
+            updates, opt_state = tx.update(
+                zeros_for_frozen(gradient, state.params), state.opt_state, state.params
+            )
+        updates = partition(cast(Params, updates), mask_of(state.params))[0]
+        moved = cast(Params, optax.apply_updates(trainable, updates))
+        metrics = metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
+        new = TrainState(step=state.step + 1, params=combine(moved, frozen), opt_state=opt_state)
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)

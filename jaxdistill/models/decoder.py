@@ -1,0 +1,305 @@
+"""The Llama-family decoder: Linen blocks, scanned over layers, as one pure function of its params.
+
+The model never knows that it is quantized. ``make_apply`` takes a ``transform`` of params (fake
+quantization, dequantization, a LoRA merge) and calls it on one layer at a time inside the scan,
+under the same paths as in the full tree, so no second whole copy of the weights need exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.rope import apply_rope, rope_frequencies
+
+Params = dict[str, Any]
+Transform = Callable[[Params], Params]
+
+
+class Output(NamedTuple):
+    """Hold final hidden states and the head that makes logits of them: ``hidden @ head.T``."""
+
+    hidden: Float[Array, "B T D"]
+    head: Float[Array, "V D"]
+
+    def logits(self) -> Float[Array, "B T V"]:
+        """Return the whole float32 logits; the chunked losses never do."""
+        return jnp.einsum("btd,vd->btv", self.hidden, self.head, preferred_element_type=jnp.float32)
+
+
+@runtime_checkable
+class ApplyFn(Protocol):
+    """Run a model: ``(params, tokens[B, T]) -> Output``."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Output:
+        """Return hidden states and head; segments do not see one another."""
+        ...
+
+
+class KVCache(NamedTuple):
+    """Hold the keys and values of past tokens; a slot of segment 0 is empty."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    length: Int[Array, ""]
+
+
+def init_cache(
+    config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32
+) -> KVCache:
+    """Return an empty cache of ``slots`` tokens for each of ``batch`` rows."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    empty = jnp.zeros((batch, slots), jnp.int32)
+    return KVCache(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, jnp.zeros((), jnp.int32)
+    )
+
+
+class Linear(nn.Module):
+    """Multiply rows by a kernel ``[in, out]``; accumulate in float32, return the rows' type."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N I"]) -> Float[Array, "N O"]:
+        """Return ``x @ kernel (+ bias)``."""
+        kernel = self.param(
+            "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
+        )
+        y = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Scale rows to unit root mean square, in float32 (Zhang and Sennrich 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        """Return ``weight * x / sqrt(mean(x^2) + eps)``."""
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        weight = jnp.expand_dims(weight.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (y * weight).astype(x.dtype)
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "#B T S"],
+) -> Float[Array, "B T N H"]:
+    """Attend with grouped queries; the query heads of one key head are rows of one product."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    q = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = scores.reshape(B, K, G, T, S)
+    keep = jnp.broadcast_to(mask_BTS[:, None, None], scores.shape)
+    probs = jax.nn.softmax(jnp.where(keep, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    probs = probs.reshape(B, K, G * T, S).astype(v.dtype)
+    out = jnp.einsum("bkms,bksh->bkmh", probs, v, preferred_element_type=jnp.float32)
+    out = out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out.astype(q_BTNH.dtype)
+
+
+class Attention(nn.Module):
+    """Project, rotate, attend and project back, with an optional key/value cache."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND, shape, rope, mask_BTS, cache):
+        """Return the mixed rows ``[B*T, D]`` and the updated (k, v) slots."""
+        c, (B, T) = self.config, shape
+        q = Linear(c.num_heads * c.head_dim, c.qkv_bias, name="q_proj")(x_ND)
+        k = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, name="k_proj")(x_ND)
+        v = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, name="v_proj")(x_ND)
+        q = q.reshape(B, T, c.num_heads, c.head_dim)
+        k, v = (y.reshape(B, T, c.num_kv_heads, c.head_dim) for y in (k, v))
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            past_k, past_v, length = cache
+            k = lax.dynamic_update_slice_in_dim(past_k, k.astype(past_k.dtype), length, axis=1)
+            v = lax.dynamic_update_slice_in_dim(past_v, v.astype(past_v.dtype), length, axis=1)
+        out = attend(q, k, v, mask_BTS).reshape(B * T, c.num_heads * c.head_dim)
+        return Linear(c.hidden_size, c.o_bias, name="o_proj")(out), (k, v)
+
+
+class MLP(nn.Module):
+    """Apply SwiGLU: ``down(silu(gate(x)) * up(x))`` (Shazeer 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """Return the transformed rows."""
+        c = self.config
+        gate = Linear(c.intermediate_size, c.mlp_bias, name="gate_proj")(x_ND)
+        up = Linear(c.intermediate_size, c.mlp_bias, name="up_proj")(x_ND)
+        return Linear(c.hidden_size, c.mlp_bias, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Run one pre-norm decoder layer on token-major rows ``[B*T, D]``."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND, shape, rope, mask_BTS, cache):
+        """Return the rows after attention and MLP, and the updated (k, v) slots."""
+        eps = self.config.rms_norm_eps
+        mixed, kv = Attention(self.config, name="self_attn")(
+            RMSNorm(eps, name="input_layernorm")(x_ND), shape, rope, mask_BTS, cache
+        )
+        x_ND = x_ND + mixed
+        normed = RMSNorm(eps, name="post_attention_layernorm")(x_ND)
+        return x_ND + MLP(self.config, name="mlp")(normed), kv
+
+
+def attention_mask(
+    q_positions: Int[Array, "#B T"],
+    k_positions: Int[Array, "#B S"],
+    q_segments: Int[Array, "B T"] | None,
+    k_segments: Int[Array, "B S"] | None,
+    window: int | None,
+) -> Bool[Array, "#B T S"]:
+    """Return where a query may look: same segment, not ahead, and within the sliding window."""
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    if q_segments is not None and k_segments is not None:
+        mask = mask & (q_segments[:, :, None] == k_segments[:, None, :])
+    return mask
+
+
+def _layer_transform(transform: Transform | None) -> Transform:
+    if transform is None:
+        return lambda layer: layer
+    return lambda layer: transform({"layers": layer})["layers"]
+
+
+def make_apply(
+    config: ModelConfig,
+    *,
+    transform: Transform | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    unroll: int = 1,
+) -> Callable[..., Any]:
+    """Build the ``ApplyFn`` of a decoder.
+
+    Args:
+        config: the decoder's shape.
+        transform: ``params -> params``, called inside the scan on ``{"layers": one layer}`` and
+            outside on everything else; it must map leaves one by one (every transform in ``quant``
+            does), so that it gives what it gives on the whole tree.
+        dtype: type of activations and products' operands (float32 or bfloat16); sums, norms and
+            softmax stay float32, and so do the parameters.
+        remat: recompute each layer in the backward pass instead of storing its activations.
+        unroll: layers per scan iteration; ``config.num_layers`` gives straight-line code.
+
+    Returns:
+        ``apply(params, tokens, positions=None, segment_ids=None, cache=None)``. It returns
+        ``Output``, or ``(Output, KVCache)`` where a cache is given.
+    """
+    block, per_layer = Block(config), _layer_transform(transform)
+    frequencies = rope_frequencies(config)
+
+    def apply(params, tokens, positions=None, segment_ids=None, cache=None):
+        B, T = tokens.shape
+        rest = {k: v for k, v in params.items() if k != "layers"}
+        rest = transform(rest) if transform else rest
+        table = rest["embed_tokens"]["embedding"]
+        start = 0 if cache is None else cache.length
+        if positions is None:
+            positions = jnp.arange(T, dtype=jnp.int32)[None] + start
+        angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+        rope = (jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None])
+        window = config.sliding_window
+        past_kv = None
+        if cache is None:
+            # The order of positions is the order of places, segment by segment, so they serve both.
+            mask = attention_mask(positions, positions, segment_ids, segment_ids, window)
+        else:
+            if segment_ids is None:
+                segment_ids = jnp.ones((B, T), jnp.int32)
+            cache = _append(cache, jnp.broadcast_to(positions, (B, T)), segment_ids)
+            past_kv = (cache.k, cache.v)
+            mask = attention_mask(
+                positions, cache.positions, segment_ids, cache.segment_ids, window
+            )
+
+        def body(x_ND: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+            layer_params, kv = layer
+            kv = None if kv is None else (*kv, start)
+            x_ND, kv_out = block.apply(
+                {"params": per_layer(layer_params)}, x_ND, (B, T), rope, mask, kv
+            )
+            return x_ND, (None if kv is None else kv_out)
+
+        x_ND = jnp.take(table, tokens.reshape(-1), axis=0).astype(dtype)
+        scanned = jax.checkpoint(body) if remat else body
+        x_ND, new_kv = lax.scan(scanned, x_ND, (params["layers"], past_kv), unroll=unroll)
+        norm = RMSNorm(config.rms_norm_eps)
+        x_ND = cast(Array, norm.apply({"params": rest["norm"]}, x_ND))
+        hidden = x_ND.reshape(B, T, -1)
+        head = table if config.tie_embeddings else rest["lm_head"]["kernel"].T
+        output = Output(hidden, head.astype(dtype))
+        return output if cache is None else (output, cache._replace(k=new_kv[0], v=new_kv[1]))
+
+    return apply
+
+
+def _append(cache: KVCache, positions: Array, segment_ids: Array) -> KVCache:
+    """Write the new tokens' positions and segments at the end of the cache."""
+    put = lax.dynamic_update_slice_in_dim
+    return cache._replace(
+        positions=put(cache.positions, positions.astype(jnp.int32), cache.length, axis=1),
+        segment_ids=put(cache.segment_ids, segment_ids.astype(jnp.int32), cache.length, axis=1),
+        length=cache.length + positions.shape[1],
+    )
+
+
+def init_params(config: ModelConfig, rng: Array) -> Params:
+    """Return fresh float32 params (normal, 0.02), layers stacked on axis 0."""
+    keys = jax.random.split(rng, config.num_layers + 2)
+    c, init = config, nn.initializers.normal(0.02)
+    rope = (jnp.ones((1, 1, 1, c.head_dim // 2)), jnp.zeros((1, 1, 1, c.head_dim // 2)))
+    args = (jnp.zeros((1, c.hidden_size)), (1, 1), rope, jnp.ones((1, 1, 1), bool), None)
+    params: Params = {
+        "embed_tokens": {"embedding": init(keys[0], (c.vocab_size, c.hidden_size), jnp.float32)},
+        "layers": jax.vmap(lambda k: Block(c).init(k, *args)["params"])(keys[2:]),
+        "norm": {"weight": jnp.ones((c.hidden_size,))},
+    }
+    if not c.tie_embeddings:
+        params["lm_head"] = {"kernel": init(keys[1], (c.hidden_size, c.vocab_size), jnp.float32)}
+    return params

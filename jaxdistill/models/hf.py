@@ -1,0 +1,378 @@
+"""Hugging Face model directories, read and written: config.json, safetensors, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxdistill.errors import UserError
+from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
+from jaxdistill.models.decoder import Params
+from jaxdistill.models.hf_layout import HFTensor, hf_layout
+from jaxdistill.models.safetensors import FLOAT_TAGS, SafetensorsFile, write_safetensors
+from jaxdistill.models.tokenizer import Tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAVE_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+# What a model directory may hold beside config.json; anything else is a user's own file.
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+def load_hf(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
+    """Read a model directory's config and weights.
+
+    Tensors of any float type are copied one at a time into float32 leaves allocated beforehand, so
+    the peak is the float32 model and one tensor. Where the config ties the head to the embedding, a
+    stored ``lm_head.weight`` is ignored; so are rotary frequency buffers.
+
+    Args:
+        directory: holds config.json and model.safetensors, or its shards and their index.
+
+    Returns:
+        The config, and the params as numpy arrays, layers stacked on axis 0, kernels ``[in, out]``.
+
+    Raises:
+        UserError: a file or tensor is missing, cut off, misshapen, unexpected or not of float type.
+    """
+    directory = Path(directory)
+    raw = _read_json(
+        directory / "config.json", "a model directory with config.json and safetensors"
+    )
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method", "unknown")
+        raise UserError(
+            f"{directory} holds weights quantized with {method!r}; accepted: float weights; "
+            "give the unquantized model"
+        )
+    config = config_from_hf(raw)
+    layout = hf_layout(config)
+    where = _locate(directory)
+    _check_names(directory, config, layout, where)
+
+    params: Params = {}
+    for t in layout:
+        file = where[t.name]
+        entry = file.entries[t.name]
+        if entry.tag not in FLOAT_TAGS:
+            raise UserError(
+                f"{t.name} in {file.path} is stored as {entry.tag}; accepted: "
+                f"{', '.join(FLOAT_TAGS)}; give the unquantized model"
+            )
+        if entry.shape != t.shape:
+            raise UserError(
+                f"{t.name} in {file.path} has shape {list(entry.shape)} where config.json asks for "
+                f"{list(t.shape)}; give the config.json that belongs to these weights"
+            )
+        leaf = _slot(params, t, config.num_layers)
+        source = file.read(t.name)
+        np.copyto(leaf, source.T if t.transpose else source, casting="unsafe")
+    return config, params
+
+
+def save_hf(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int | float = 5e9,
+) -> None:
+    """Write a model directory that ``transformers`` (and vLLM, MLX, llama.cpp's converter) opens.
+
+    The directory appears whole or not at all: everything is written to a temporary sibling, which
+    then takes its name. A former model directory of that name is replaced.
+
+    Args:
+        directory: where to write; absent, empty, or a former model directory.
+        config: the model's shape.
+        params: its params, numpy or JAX arrays of any float type.
+        tokenizer: its files are written beside the weights.
+        dtype: the stored type: float32, float16 or bfloat16.
+        max_shard_bytes: start another file, and write an index, beyond this many bytes.
+
+    Raises:
+        UserError: ``directory`` holds something else, ``dtype`` is not one of the three, the params
+            are not this config's, or they do not fit float16.
+    """
+    target = Path(directory).expanduser().resolve()
+    if dtype not in SAVE_DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; accepted: {', '.join(SAVE_DTYPES)}")
+    _check_target(target)
+    layout = hf_layout(config)
+    leaves = _leaves(config, params, layout)
+    d = config_to_hf(config) | {"torch_dtype": dtype, "dtype": dtype}
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": d["bos_token_id"],
+        "eos_token_id": d["eos_token_id"],
+        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
+    }
+
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary.chmod(0o777 & ~_umask())
+        _write_weights(temporary, layout, leaves, SAVE_DTYPES[dtype], max_shard_bytes)
+        _write_json(temporary / "config.json", d)
+        _write_json(
+            temporary / "generation_config.json",
+            {k: v for k, v in generation.items() if v is not None},
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+        _replace(target, temporary)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {target}: {e.strerror or e}; give a directory that can be written"
+        ) from e
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_model_directory(path: str | os.PathLike[str]) -> bool:
+    """Return whether a directory holds an HF model and nothing else."""
+    return (Path(path) / "config.json").is_file() and not _foreign(Path(path))
+
+
+# Reading
+
+
+def _read_json(path: Path, accepted: str) -> dict[str, Any]:
+    """Return a JSON object; raise ``UserError`` saying what is accepted where there is none."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}; accepted: {accepted}")
+    try:
+        d = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise UserError(f"cannot read {path} as JSON ({e}); fetch it again") from None
+    if not isinstance(d, dict):
+        raise UserError(f"{path} holds no JSON object; fetch it again")
+    return d
+
+
+def _locate(directory: Path) -> dict[str, SafetensorsFile]:
+    """Return the file that holds each tensor, from the single file or from the index."""
+    if (directory / WEIGHTS).is_file():
+        file = SafetensorsFile(directory / WEIGHTS)
+        return dict.fromkeys(file.entries, file)
+    if not (directory / INDEX).is_file():
+        raise UserError(
+            f"{directory} has neither {WEIGHTS} nor {INDEX}; accepted: safetensors weights; "
+            "convert the model with transformers' save_pretrained"
+        )
+    names = _read_json(directory / INDEX, INDEX).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{directory / INDEX} has no weight_map; fetch it again")
+    files: dict[str, SafetensorsFile] = {}
+    for shard in sorted(set(names.values())):
+        if not (directory / shard).is_file():
+            raise UserError(
+                f"{directory} lacks the shard {shard} that {INDEX} names; fetch it again"
+            )
+        files[shard] = SafetensorsFile(directory / shard)
+    absent = [n for n, shard in names.items() if n not in files[shard].entries]
+    if absent:
+        raise UserError(
+            f"{directory / names[absent[0]]} lacks {_some(absent)} that {INDEX} places there; "
+            "fetch it again"
+        )
+    return {name: files[shard] for name, shard in names.items()}
+
+
+def _check_names(
+    directory: Path, config: ModelConfig, layout: list[HFTensor], where: dict[str, SafetensorsFile]
+) -> None:
+    """Raise ``UserError`` if the checkpoint lacks a tensor or has one that nothing uses."""
+    wanted = {t.name for t in layout}
+    missing = [t.name for t in layout if t.name not in where]
+    if missing:
+        raise UserError(
+            f"{directory} lacks {_some(missing)}, which its config.json asks for; give the "
+            "config.json that belongs to these weights"
+        )
+    unexpected = sorted(
+        n
+        for n in where
+        if n not in wanted
+        and not n.endswith("rotary_emb.inv_freq")
+        and not (n == "lm_head.weight" and config.tie_embeddings)
+    )
+    if unexpected:
+        raise UserError(
+            f"{directory} has {_some(unexpected)}, which a {config.model_type} model of its "
+            "config.json does not use; give the config.json that belongs to these weights"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Name up to three of many."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _slot(params: Params, t: HFTensor, num_layers: int) -> np.ndarray:
+    """Return the view of the params tree that one tensor fills, allocating its leaf at first."""
+    node = params
+    for key in t.path[:-1]:
+        node = node.setdefault(key, {})
+    if t.path[-1] not in node:
+        stack = () if t.layer is None else (num_layers,)
+        node[t.path[-1]] = np.empty((*stack, *t.stored_shape), np.float32)
+    leaf = node[t.path[-1]]
+    return leaf if t.layer is None else leaf[t.layer]
+
+
+# Writing
+
+
+def _leaves(
+    config: ModelConfig, params: Params, layout: list[HFTensor]
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Return the leaves by path; raise ``UserError`` unless they are just those of the config."""
+    found = {
+        tuple(str(key.key) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    wanted = {
+        t.path: ((config.num_layers,) if t.layer is not None else ()) + t.stored_shape
+        for t in layout
+    }
+    missing = ["/".join(p) for p in wanted if p not in found]
+    unexpected = ["/".join(p) for p in found if p not in wanted]
+    if missing or unexpected:
+        what = " and ".join(
+            f"{verb} {_some(names)}"
+            for verb, names in (("lack", missing), ("have", unexpected))
+            if names
+        )
+        raise UserError(
+            f"the params {what}, against their config; accepted: the float params of a "
+            f"{config.model_type} model; merge or dequantize them first"
+        )
+    for path, shape in wanted.items():
+        if tuple(found[path].shape) != shape:
+            raise UserError(
+                f"the param {'/'.join(path)} has shape {list(found[path].shape)} where the config "
+                f"asks for {list(shape)}; give the config that belongs to these params"
+            )
+    return {path: np.asarray(found[path]) for path in wanted}
+
+
+def _shards(layout: list[HFTensor], width: int, limit: int | float) -> Iterator[list[HFTensor]]:
+    """Cut the tensors, in order, into runs of at most ``limit`` bytes (or of one tensor)."""
+    run: list[HFTensor] = []
+    size = 0
+    for t in layout:
+        n = math.prod(t.shape) * width
+        if run and size + n > limit:
+            yield run
+            run, size = [], 0
+        run.append(t)
+        size += n
+    yield run
+
+
+def _write_weights(
+    directory: Path,
+    layout: list[HFTensor],
+    leaves: dict[tuple[str, ...], np.ndarray],
+    dtype: np.dtype,
+    max_shard_bytes: int | float,
+) -> None:
+    """Write the tensors to one file, or to shards and their index."""
+    by_name = {t.name: t for t in layout}
+
+    def get(name: str) -> np.ndarray:
+        t = by_name[name]
+        leaf = leaves[t.path] if t.layer is None else leaves[t.path][t.layer]
+        if dtype == np.float16 and (peak := float(np.abs(leaf).max(initial=0))) > 65504:
+            raise UserError(
+                f"{name} reaches {peak:.4g}, beyond float16's 65504; save as bfloat16 or float32"
+            )
+        return leaf.T if t.transpose else leaf
+
+    shards = list(_shards(layout, dtype.itemsize, max_shard_bytes))
+    total, weight_map = 0, {}
+    for i, run in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        total += write_safetensors(directory / file, [(t.name, dtype, t.shape) for t in run], get)
+        weight_map |= {t.name: file for t in run}
+    if len(shards) > 1:
+        _write_json(
+            directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def _write_json(path: Path, d: dict[str, Any]) -> None:
+    path.write_text(json.dumps(d, indent=2) + "\n", encoding="utf-8")
+
+
+def _foreign(path: Path) -> list[str]:
+    """List what a directory holds beyond a model's own files."""
+    return sorted(
+        p.name for p in path.iterdir() if p.is_dir() or not any(map(p.match, _MODEL_FILES))
+    )
+
+
+def _check_target(target: Path) -> None:
+    """Raise ``UserError`` unless the target is absent, an empty directory or a model directory."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; give a directory to write the model to")
+    if target.is_dir() and any(target.iterdir()) and not is_model_directory(target):
+        foreign = _foreign(target)
+        what = f"holds {_some(foreign)}" if foreign else "has no config.json"
+        raise UserError(
+            f"{target} is not empty and not a model directory (it {what}); give a new directory, "
+            "or remove it first"
+        )
+
+
+def _replace(target: Path, temporary: Path) -> None:
+    """Give a finished directory its name, putting back the old one should that fail."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,167 @@
+"""One way in: a model from a directory, a GGUF file or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxdistill.errors import UserError
+from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.decoder import make_apply
+from jaxdistill.models.gguf import read_gguf
+from jaxdistill.models.hf import load_hf
+from jaxdistill.models.quantized import is_quantized, load_quantized
+from jaxdistill.models.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from jaxdistill.quant.policy import dequantize_params
+
+ACCEPTED = (
+    "a run directory, a Hugging Face model directory, a .gguf file, or a hub name such as org/name"
+)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Hold a model as it was read.
+
+    Attributes:
+        config: the decoder's shape.
+        params: float32 arrays, layers stacked on axis 0, kernels ``[in, out]``; a quantized model's
+            kernels in the stored form, see ``models.quantized``.
+        tokenizer: None where the source has no tokenizer.
+        source: what the user gave, for messages and reports.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer | None
+    source: str
+
+    def apply_fn(self, **options: Any) -> Callable[..., Any]:
+        """Return ``make_apply`` of this model; stored integers are dequantized inside the scan."""
+        return make_apply(self.config, transform=dequantize_params, **options)
+
+
+def load_model(source: str | Path) -> Model:
+    """Read a model and its tokenizer.
+
+    Args:
+        source: a run directory (its student), an HF directory (config.json and safetensors), a
+            ``.gguf`` file, or the name of a model on the Hugging Face Hub, which is fetched into
+            the user's hub cache.
+
+    Raises:
+        UserError: the source is none of these, cannot be fetched or read, or has a tokenizer with
+            ids beyond the model's vocabulary.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        stored = next((d for d in (path, path / "student") if is_quantized(d)), None)
+        if stored is not None:
+            config, params, tokenizer = load_quantized(stored)
+            model = Model(config=config, params=params, tokenizer=tokenizer, source=text)
+        elif (path / "metrics.jsonl").is_file():
+            raise UserError(f"{text} is a run without a finished student; finish it with --resume")
+        elif not (path / "config.json").is_file():
+            raise UserError(f"{text} is a directory without config.json; accepted: {ACCEPTED}")
+        else:
+            model = _from_directory(path, text)
+    elif path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(f"{text} is a file, but not a .gguf file; accepted: {ACCEPTED}")
+        model = _from_gguf(path, text)
+    elif isinstance(source, str) and path.suffix.lower() != ".gguf" and _HUB_NAME.fullmatch(text):
+        model = _from_directory(_fetch(text), text)
+    else:
+        raise UserError(f"{text} does not exist; accepted: {ACCEPTED}; check the path")
+    _check_tokenizer(model)
+    return dataclasses.replace(model, params=jax.device_put(model.params))
+
+
+def check_same_vocabulary(teacher: Model, student: Model) -> None:
+    """Raise ``UserError`` naming both models unless they share one vocabulary.
+
+    Logits are compared entry by entry, so token ids must mean the same text in both: the sizes of
+    the two vocabularies and the fingerprints of the two tokenizers must be equal. Two models
+    without any tokenizer are compared by size alone.
+    """
+    t, s = teacher, student
+    if t.config.vocab_size != s.config.vocab_size:
+        raise UserError(
+            f"the teacher {t.source} has a vocabulary of {t.config.vocab_size} and the student "
+            f"{s.source} one of {s.config.vocab_size}; accepted: equal ones; give a student of the "
+            "teacher's family, or use a cross-tokenizer objective"
+        )
+    if t.tokenizer is None and s.tokenizer is None:
+        return
+    prints = [None if m.tokenizer is None else fingerprint(m.tokenizer) for m in (t, s)]
+    if prints[0] != prints[1]:
+        what = [f"tokenizer {p}" if p else "no tokenizer" for p in prints]
+        raise UserError(
+            f"the teacher {t.source} has {what[0]} and the student {s.source} has {what[1]}; "
+            "accepted: the same tokenizer in both; give a student of the teacher's family, or use "
+            "a cross-tokenizer objective"
+        )
+
+
+def _from_directory(path: Path, source: str) -> Model:
+    config, params = load_hf(path)
+    has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = load_tokenizer(path) if has_tokenizer else None
+    return Model(config=config, params=params, tokenizer=tokenizer, source=source)
+
+
+def _from_gguf(path: Path, source: str) -> Model:
+    config, params, tokenizer = read_gguf(path)
+    return Model(config=config, params=params, tokenizer=tokenizer, source=source)
+
+
+def _fetch(name: str) -> Path:
+    """Return the local copy of a hub model, downloading what it lacks."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        # "*" matches "/" too: keep to the files at the top.
+        path = huggingface_hub.snapshot_download(
+            name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
+        )
+    except GatedRepoError:
+        raise UserError(
+            f"{name} is a gated model on the Hugging Face Hub; accept its terms on its page, log "
+            "in with `hf auth login`, and run again"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name} is neither a path here nor a model on the Hugging Face Hub; accepted: "
+            f"{ACCEPTED}; check the name, or log in with `hf auth login` if the model is private"
+        ) from None
+    except Exception as e:  # Whatever fails here (network, cache, disk) is outside this program.
+        reason = (str(e).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{name} is no path here and could not be fetched from the Hugging Face Hub "
+            f"({type(e).__name__}: {reason}); accepted: {ACCEPTED}; check the name and the "
+            "network, or give a directory"
+        ) from e
+    return Path(path)
+
+
+def _check_tokenizer(model: Model) -> None:
+    """Raise ``UserError`` if the tokenizer can give an id that the embedding table lacks."""
+    if model.tokenizer is None:
+        return
+    ids = max(model.tokenizer.get_vocab().values(), default=-1) + 1
+    if ids > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {model.source} has {ids} ids and the model a vocabulary of "
+            f"{model.config.vocab_size}; accepted: at most as many; give the tokenizer that "
+            "belongs to the model"
+        )

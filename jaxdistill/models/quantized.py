@@ -1,0 +1,89 @@
+"""A quantized model on disk: stored integers and float16 scales, HF config, tokenizer.
+
+DIR/config.json         the HF config
+DIR/quantization.json   bits, group size and path of every quantized weight, for the reader
+DIR/params/             orbax: ``kernel_q`` int4 or int8, ``kernel_scale`` float16, norms float32
+DIR/tokenizer*          as transformers saves it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxdistill.errors import UserError
+from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
+from jaxdistill.models.decoder import Params
+from jaxdistill.models.tokenizer import Tokenizer, load_tokenizer
+
+_MARK = "quantization.json"
+
+
+def is_quantized(directory: Path) -> bool:
+    """Return whether ``save_quantized`` wrote this directory."""
+    return (directory / _MARK).is_file()
+
+
+def save_quantized(
+    directory: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    specs: dict[str, Any],
+) -> None:
+    """Write params in the stored form; the directory appears whole or not at all.
+
+    Args:
+        directory: replaced where it exists.
+        config: the decoder's shape.
+        params: what ``quant.policy.quantize_params`` returns.
+        tokenizer: saved beside, where there is one.
+        specs: path to ``{"bits", "group_size", "ranges"}``, written for the reader.
+    """
+    part = directory.with_name(directory.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    ocp.save(str((part / "params").resolve()), jax.tree.map(np.asarray, params))
+    (part / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+    (part / _MARK).write_text(json.dumps(specs, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(part, directory)
+
+
+def load_quantized(directory: Path) -> tuple[ModelConfig, Params, Tokenizer | None]:
+    """Read what ``save_quantized`` wrote, in the stored form.
+
+    Raises:
+        UserError: the directory is cut off or was not written by ``save_quantized``.
+    """
+    try:
+        config = config_from_hf(json.loads((directory / "config.json").read_text()))
+        params = _load_arrays((directory / "params").resolve())
+    except (OSError, ValueError, KeyError) as e:
+        reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"{directory} is not a whole quantized model ({reason}); export or train it again"
+        ) from None
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    return config, params, load_tokenizer(directory) if has_tokenizer else None
+
+
+def _load_arrays(path: Path) -> Params:
+    """Restore every array of an orbax checkpoint onto the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    found: Any = ocp.metadata(str(path)).metadata
+    abstract = jax.tree.map(
+        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here),
+        found,
+        is_leaf=lambda m: hasattr(m, "shape"),
+    )
+    return ocp.load(str(path), abstract)

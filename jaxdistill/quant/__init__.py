@@ -1,0 +1,1 @@
+"""Ground floor: the integer lattice, its ranges, fake quantization, and the policy over a tree."""

@@ -1,0 +1,1 @@
+"""Whole jobs, one file each, read from top to bottom."""

@@ -1,0 +1,78 @@
+"""The pictures of a quantization run: loss, divergence from the teacher, and the gap recovered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from jaxdistill.evals.perplexity import recovered
+
+Rows = Sequence[Mapping[str, float | int]]
+
+
+def _curve(axes: Any, rows: Rows, name: str, label: str, **style: Any) -> None:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def plot_training(
+    directory: Path, runs: Mapping[str, Rows], results: Mapping[str, Mapping[str, float | int]]
+) -> list[Path]:
+    """Draw ``loss.png``, ``kl.png`` and ``recovered.png`` into ``directory``; return their paths.
+
+    Args:
+        directory: made where it does not exist.
+        runs: label to the rows of its ``metrics.jsonl``.
+        results: label to its evaluation; ``"teacher"`` and ``"ptq"`` are the two references, every
+            other label is a trained student.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, title, unit in (
+        ("loss", "training loss", "loss (nats a token)"),
+        ("kl", "divergence from the teacher", "KL (nats a token)"),
+    ):
+        figure, axes = plt.subplots(figsize=(6, 3.6))
+        for label, rows in runs.items():
+            _curve(axes, rows, name, f"{label}, training batches", alpha=0.6)
+            if name == "kl":
+                _curve(axes, rows, "eval/kl", f"{label}, held-out probe", marker="o")
+        if name == "kl" and "ptq" in results:
+            axes.axhline(results["ptq"]["kl"], color="grey", ls="--", label="PTQ, held out")
+        axes.set(xlabel="step", ylabel=unit, title=title, ylim=(0, None))
+        axes.legend(fontsize=8)
+        made.append(_save(figure, directory / f"{name}.png"))
+    made.append(_plot_recovered(directory / "recovered.png", results))
+    return made
+
+
+def _plot_recovered(path: Path, results: Mapping[str, Mapping[str, float | int]]) -> Path:
+    """Draw the share of PTQ's gap to the teacher that each student closed, by KL and by NLL."""
+    students = [label for label in results if label not in ("teacher", "ptq")]
+    teacher, ptq = results["teacher"], results["ptq"]
+    figure, axes = plt.subplots(figsize=(6, 1.6 + 0.8 * len(students)))
+    for offset, (name, goal) in ((-0.2, ("kl", 0.0)), (0.2, ("nll", teacher["nll"]))):
+        shares = [100 * recovered(ptq[name], results[s][name], goal) for s in students]
+        places = [i + offset for i in range(len(students))]
+        bars = axes.barh(places, shares, height=0.36, label=f"by {name.upper()}")
+        axes.bar_label(bars, fmt="%.1f %%", fontsize=8, padding=2)
+    axes.axvline(100, color="grey", ls="--", lw=1)
+    axes.set_yticks(range(len(students)), students)
+    axes.set(xlabel="gap from PTQ to teacher recovered (%)", xlim=(0, 125))
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _save(figure, path)

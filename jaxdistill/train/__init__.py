@@ -1,0 +1,1 @@
+"""Training: data, checkpoints, and the loop with its run directory."""

@@ -1,0 +1,84 @@
+"""Orbax checkpoints of the training state and its place in the data: async, atomic, last n kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxdistill.errors import UserError
+
+_policies = ocp.training.preservation_policies
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """Save and restore the states of one run; leaving the context waits for the last save.
+
+    The data's place is the step (batch i is a pure function of data, seed and i), so a checkpoint
+    holds the state and, as metadata, the fingerprint of the data that the step counts in.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory = directory.resolve()
+        self._orbax = ocp.training.Checkpointer(
+            str(self.directory),
+            # orbax's own policies do not match its protocol: the argument's type is narrower.
+            preservation_policy=_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
+            cleanup_tmp_directories=True,
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self._orbax.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Return the last whole checkpoint's step, None where there is none."""
+        latest = self._orbax.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any, fingerprint: str) -> None:
+        """Start to save, after the save before; training may at once go on and donate the state."""
+        # Unforced, orbax leaves out a save that comes while another is under way.
+        self._orbax.wait()
+        self._orbax.save_async(step, state, force=True, custom_metadata={"data": fingerprint})
+
+    def restore(self, like: Any, fingerprint: str) -> Any:
+        """Return the last state, shaped and placed as ``like``.
+
+        Raises:
+            UserError: the checkpoint is cut off, of another model, or its data are not these.
+        """
+        step = self.latest
+        where = self.directory / str(step)
+        try:
+            found = self._orbax.metadata(step)
+            saved = dict(found.custom_metadata or {}).get("data")  # pyright: ignore
+            if _shapes(found.metadata) != _shapes(like):
+                raise ValueError("it is of another model or optimizer")
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+            )
+            state = self._orbax.load(step, abstract)
+        except Exception as e:  # orbax and tensorstore raise many kinds for a damaged directory
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
+            raise UserError(
+                f"checkpoint {where} cannot be restored ({reason}); delete that directory to "
+                "resume from the one before, or start again in another --out"
+            ) from None
+        if saved != fingerprint:
+            raise UserError(
+                f"checkpoint {where} was trained on data {saved}, these are {fingerprint}; resume "
+                "with the same --data, --seq-len and tokenizer"
+            )
+        return state
+
+
+def _shapes(tree: Any) -> list[str]:
+    """Return every leaf's shape and type, in no order of the tree's own."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return sorted(f"{tuple(x.shape)} {x.dtype}" for x in leaves)

@@ -1,0 +1,328 @@
+"""Read rows of text, conversations or instructions from files, directories and the hub.
+
+The road from data to batches, each part usable alone::
+
+    rows = load_rows("train.jsonl.gz")                        # datasets.Dataset
+    examples = encode_rows(rows, tokenizer, loss_on="all")    # tokens and which are targets
+    packed = pack(examples, seq_len=1024)                     # arrays [N, T]
+    ds = batches(packed, batch_size=8, seed=0)                # ds[i] is the batch of step i
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import datasets.config
+import datasets.exceptions
+import huggingface_hub
+import pyarrow as pa
+
+from jaxdistill.errors import UserError
+from jaxdistill.train.encode import FORMS, Example, encode_rows, row_form
+from jaxdistill.train.packing import Packed, batches, eval_batches, fingerprint, no_packing, pack
+
+__all__ = [
+    "Example",
+    "Packed",
+    "batches",
+    "encode_rows",
+    "eval_batches",
+    "fingerprint",
+    "load_rows",
+    "no_packing",
+    "pack",
+]
+
+_JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+_TEXT = (".txt", ".txt.gz")
+_ENDINGS = (*_JSON, *_TEXT, ".parquet")
+_ACCEPTED = (
+    f"a file ending in {', '.join(_ENDINGS)}, a directory of such files, or the name of a hub data "
+    "set such as 'owner/name' or 'owner/name:config'"
+)
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
+_COLUMNS = ("text", "messages", "instruction", "input", "output")
+_SPLITS = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
+_SPLITS |= {split: split for split in ("train", "test", "validation")}
+
+
+def load_rows(source: str, *, split: str = "train") -> datasets.Dataset:
+    """Load the rows of one split, as they are, in the order of the files.
+
+    Args:
+        source: what exists on disk comes first, then the hub.
+
+            - A file: ``.jsonl`` (one object a line), ``.json`` (a list of objects, or one object a
+              line), ``.txt`` (the whole file is one document), each also with ``.gz``, or
+              ``.parquet``. One file is one split, whatever ``split`` says.
+            - A directory, searched with its subdirectories, in the order of the sorted paths. A
+              file belongs to the split that a folder, or the first or last word of its name, names
+              (``gsm8k_train.jsonl``, ``valid-00000-of-00001.parquet``), else to ``train``. Hidden
+              files and files with other endings are left out.
+            - A hub data set ``owner/name``, with ``:config`` where it has several.
+        split: ``train``, ``validation`` or ``test``; on the hub anything that
+            ``datasets.load_dataset`` takes (``train[:1%]``).
+
+    Returns:
+        At least one row. Every row of a JSON file was checked to have one of the accepted forms;
+        columns beyond those are kept where Arrow can hold them. Data from files is held in memory:
+        nothing is written beside the files, and no home directory is needed.
+
+    Raises:
+        UserError: if nothing is found, a line cannot be read, no row is there, or the columns are
+            none that ``encode_rows`` accepts.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = _files_of_split(path, split)
+        rows = _join(source, [_load_file(file) for file in files])
+    elif path.exists():
+        rows = _load_file(path)
+    else:
+        rows = _load_hub(source, split)
+    if not len(rows):
+        raise UserError(f"data {source!r} holds no rows; accepted: at least one row; add some")
+    names = rows.column_names
+    if not ({"text", "messages"} & set(names) or {"instruction", "output"} <= set(names)):
+        raise UserError(
+            f"data {source!r} has the columns {', '.join(names)}; accepted: {FORMS}; rename them"
+        )
+    return rows
+
+
+def _files_of_split(directory: Path, split: str) -> list[Path]:
+    """List the data files of a directory that belong to the split, sorted by path."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(directory.rglob("*")):
+        inside = file.relative_to(directory)
+        hidden = any(part.startswith((".", "__")) for part in inside.parts)
+        if file.is_file() and file.name.lower().endswith(_ENDINGS) and not hidden:
+            found.setdefault(_split_of(inside), []).append(file)
+    wanted = _SPLITS.get(split, split)
+    if not found:
+        raise UserError(
+            f"directory {str(directory)!r} holds no data files; accepted: files ending in "
+            f"{', '.join(_ENDINGS)}; put one there or give another directory"
+        )
+    if wanted not in found:
+        raise UserError(
+            f"directory {str(directory)!r} has no files of the split {split!r}; "
+            f"accepted: {', '.join(sorted(found))}; choose one of these or give a single file"
+        )
+    return found[wanted]
+
+
+def _split_of(inside: Path) -> str:
+    """Tell the split a file belongs to from its folders and the first or last word of its name."""
+    name = re.sub(r"-\d+-of-\d+", "", inside.name.split(".")[0]).lower()
+    words = re.split(r"[-_ ]", name)
+    for word in (*(part.lower() for part in inside.parts[:-1]), words[0], words[-1]):
+        if word in _SPLITS:
+            return _SPLITS[word]
+    return "train"
+
+
+def _load_file(path: Path) -> datasets.Dataset:
+    """Read one file into memory."""
+    name = path.name.lower()
+    if not name.endswith(_ENDINGS):
+        raise UserError(
+            f"data file {str(path)!r} has the ending {path.suffix!r}; "
+            f"accepted: {', '.join(_ENDINGS)}; convert it"
+        )
+    if name.endswith(".parquet"):
+        return _load_parquet(path)
+    try:
+        return _dataset(path, list(_text_rows(path) if name.endswith(_TEXT) else _json_rows(path)))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data file {str(path)!r} cannot be read ({_line(error)}); accepted: UTF-8 text, "
+            "gzip-compressed where the name ends in .gz; write it again"
+        ) from error
+
+
+def _open(path: Path) -> Any:
+    """Open a plain or gzip-compressed UTF-8 file for reading; a byte order mark is skipped."""
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig")
+
+
+def _text_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole file as one document, or nothing if it is blank."""
+    with _open(path) as file:
+        text = file.read()
+    if text.strip():
+        yield {"text": text}
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the checked rows of a JSON lines file, or of a file that is one JSON list.
+
+    Parsed here and not by ``datasets``: a bad line is named by its number, rows of several forms
+    may share a file, and no string is taken for a date.
+    """
+    with _open(path) as file:
+        numbered = (
+            _json_lines(path, file)
+            if ".jsonl" in path.name.lower()
+            else _json_document(path, file.read())
+        )
+        for where, row in numbered:
+            row_form(row, where)
+            yield row
+
+
+def _json_document(path: Path, text: str) -> Iterable[tuple[str, Any]]:
+    """Give the values of a JSON list, or of JSON lines if the text is no list."""
+    if not text.lstrip().startswith("["):
+        return _json_lines(path, text.split("\n"))
+    try:
+        return [(f"{path} row {number}", row) for number, row in enumerate(json.loads(text), 1)]
+    except ValueError as error:
+        raise UserError(
+            f"data file {str(path)!r} is not JSON ({_line(error)}); "
+            "accepted: a list of objects, or one object a line; correct it"
+        ) from error
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yield where each line stands and its value; blank lines are skipped."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{path}:{number} is not JSON ({_line(error)}); "
+                "accepted: one object a line; correct or remove the line"
+            ) from error
+        yield f"{path}:{number}", row
+
+
+def _dataset(path: Path, rows: list[dict[str, Any]]) -> datasets.Dataset:
+    """Turn rows into columns; beside the known ones, only those that Arrow can hold together."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    known = {name: column for name, column in columns.items() if name in _COLUMNS}
+    for chosen in (columns, known):
+        try:
+            return datasets.Dataset.from_dict(chosen)
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+            problem = error
+    raise UserError(
+        f"data file {str(path)!r} has rows whose types do not fit together ({_line(problem)}); "
+        "accepted: one type a field; make the fields equal in all rows"
+    ) from problem
+
+
+def _load_parquet(path: Path) -> datasets.Dataset:
+    """Read a Parquet file into memory; the copy that ``datasets`` makes is removed at once."""
+    with _quiet(), tempfile.TemporaryDirectory(prefix="jaxdistill-") as cache:
+        try:
+            return datasets.load_dataset(
+                "parquet",
+                data_files=str(path),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+            )
+        except (
+            pa.ArrowException,
+            datasets.exceptions.DatasetsError,
+            OSError,
+            ValueError,
+        ) as error:
+            raise UserError(
+                f"data file {str(path)!r} cannot be read ({_line(error.__cause__ or error)}); "
+                "accepted: a Parquet file; write it again"
+            ) from error
+
+
+def _join(source: str, parts: list[datasets.Dataset]) -> datasets.Dataset:
+    """Put the files of a directory one after the other; a column missing in one is None there."""
+    try:
+        return datasets.concatenate_datasets(parts)
+    except (pa.ArrowException, ValueError, TypeError):
+        parts = [
+            part.select_columns([c for c in part.column_names if c in _COLUMNS]) for part in parts
+        ]
+    try:
+        return datasets.concatenate_datasets(parts)
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise UserError(
+            f"directory {source!r} has files whose columns do not fit together ({_line(error)}); "
+            "accepted: one type a field; give the files one by one"
+        ) from error
+
+
+def _load_hub(source: str, split: str) -> datasets.Dataset:
+    """Load a data set from the hub, or from its local cache where the hub cannot be reached."""
+    match = _HUB_NAME.fullmatch(source)
+    if match is None or source.lower().endswith((*_ENDINGS, ".gz", ".csv", ".tsv", ".zip")):
+        raise UserError(f"data {source!r} does not exist; accepted: {_ACCEPTED}; check the path")
+    name, config = match.groups()
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    with _quiet(), contextlib.ExitStack() as stack:
+        try:
+            # Asked first: load_dataset alone tries an unreachable hub for half a minute.
+            if not _cached(cache, name):
+                huggingface_hub.HfApi().dataset_info(name, timeout=10)
+            keep, folder = _writable(cache), None
+            if not keep:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxdistill-"))
+            return datasets.load_dataset(
+                name, config, split=split, cache_dir=folder, keep_in_memory=not keep
+            )
+        except Exception as error:  # the hub's client raises errors of several libraries
+            raise UserError(
+                f"data {source!r} is neither a file nor a directory, and the split {split!r} of a "
+                f"hub data set of that name cannot be loaded ({_line(error)}); "
+                f"accepted: {_ACCEPTED}; "
+                "check the name and the network, or download the data and give its path"
+            ) from error
+
+
+def _cached(cache: Path, name: str) -> bool:
+    """Tell whether ``datasets`` may hold a data set prepared before; it spells folders its way."""
+    folders = [folder.name for folder in cache.iterdir()] if cache.is_dir() else []
+    wanted = re.sub(r"\W|_", "", name).lower()
+    return any(re.sub(r"\W|_", "", folder).lower() == wanted for folder in folders)
+
+
+def _writable(folder: Path) -> bool:
+    """Tell whether a folder, or the nearest one above it that exists, may be written to."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return os.access(existing, os.W_OK | os.X_OK)
+
+
+def _line(error: BaseException) -> str:
+    """Give the first line of an error's message, or the error's name."""
+    return (
+        next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        or type(error).__name__
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and the log of ``datasets``, then set them back."""
+    level, shown = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()

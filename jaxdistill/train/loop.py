@@ -1,0 +1,109 @@
+"""The training loop: steps, guarded metrics, progress, evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from jaxdistill.errors import UserError
+from jaxdistill.kd.objective import Metrics
+from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.run_directory import RunDirectory
+
+
+def check_finite(step: int, values: Mapping[str, float | int], kept: int | None) -> None:
+    """Raise ``UserError`` where loss or gradient is NaN or infinite, naming what was kept."""
+    if all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
+        return
+    last = "no checkpoint was saved yet" if kept is None else f"checkpoint {kept} is kept"
+    raise UserError(
+        f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}; {last}; lower "
+        "--lr or look at the data, then start again"
+    )
+
+
+def train(
+    step: Callable[..., tuple[Any, Metrics]],
+    state: Any,
+    teacher_params: Any,
+    data: Any,
+    *,
+    steps: int,
+    run: RunDirectory,
+    fingerprint: str,
+    resume: bool = False,
+    checkpoint_every: int = 0,
+    keep: int = 2,
+    evaluate: Callable[[Any], dict[str, float | int]] | None = None,
+    evaluate_every: int = 0,
+    console: Console | None = None,
+) -> Any:
+    """Run ``steps`` updates and return the last state.
+
+    A state is saved only after the step that made it had a finite loss and gradient, so the last
+    checkpoint is always a good one.
+
+    Args:
+        step: the jitted ``(state, teacher_params, batch) -> (state, metrics)``.
+        state: the first state; donated.
+        teacher_params: passed through.
+        data: ``data[i]`` is the batch of step i.
+        steps: updates in all, those before a resume included.
+        run: where metrics and checkpoints go.
+        fingerprint: of the data, kept with each checkpoint.
+        resume: go on from the last checkpoint, where there is one.
+        checkpoint_every: steps between checkpoints; 0 saves none.
+        keep: checkpoints kept.
+        evaluate: ``params -> metrics``, logged as ``eval/...``.
+        evaluate_every: steps between evaluations; 0 makes none.
+        console: where progress is shown.
+    """
+    with Checkpoints(run.checkpoints, keep=keep) as checkpoints, _progress(console) as progress:
+        if resume and checkpoints.latest is not None:
+            state = checkpoints.restore(state, fingerprint)
+        first = int(state.step)
+        run.rewind(first)
+        task = progress.add_task("train", total=steps, completed=first, loss="", rate="")
+        for i in range(first, steps):
+            began = time.perf_counter()
+            batch = data[i]
+            state, metrics = step(state, teacher_params, batch)
+            values = {name: float(s) / max(float(c), 1.0) for name, (s, c) in metrics.items()}
+            seconds = time.perf_counter() - began
+            check_finite(i + 1, values, checkpoints.latest)
+            values |= {"tokens_per_second": batch["tokens"].size / seconds, "seconds": seconds}
+            done = i + 1
+            if evaluate and evaluate_every and (done % evaluate_every == 0 or done == steps):
+                values |= {f"eval/{k}": v for k, v in evaluate(state.params).items()}
+            run.log(done, values)
+            if checkpoint_every and (done % checkpoint_every == 0 or done == steps):
+                checkpoints.save(done, state, fingerprint)
+            rate = f"{values['tokens_per_second']:,.0f} tokens/s"
+            progress.update(task, advance=1, loss=f"loss {values['loss']:.4f}", rate=rate)
+    return state
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )

@@ -1,0 +1,118 @@
+"""The directory a run leaves behind: what was asked, what happened, and where everything lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxdistill.errors import UserError
+
+_PACKAGES = ("jaxdistill", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read every whole row of a run's ``metrics.jsonl``; one cut off by a kill is left out."""
+    path = run / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class RunDirectory:
+    """Keep one run's ``config.json``, ``metrics.jsonl``, TensorBoard events and results.
+
+    A directory belongs to one configuration: to open it again needs ``resume`` and the same
+    options.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        known = path / "config.json"
+        if known.is_file():
+            before = json.loads(known.read_text())["options"]
+            differs = [k for k, v in options.items() if before.get(k) != v]
+            if not resume:
+                raise UserError(
+                    f"{path} already holds a run; pass --resume to go on with it, or choose "
+                    "another --out"
+                )
+            if differs:
+                name = differs[0]
+                raise UserError(
+                    f"{path} was started with {name}={before.get(name)!r}, now {options[name]!r} "
+                    "is given; resume with the same options, or choose another --out"
+                )
+        elif resume:
+            raise UserError(f"{path} holds no run to resume; start it without --resume")
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not a run; choose another --out")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(known, {"options": dict(options), "environment": _environment()})
+        self._board: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return where the training states lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        """Return where the finished student lies, in the stored form."""
+        return self.path / "student"
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after ``step``: the resumed run will write them again."""
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        part = self.path / "metrics.jsonl.part"
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(part, self.path / "metrics.jsonl")
+
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Append one row to ``metrics.jsonl`` and to TensorBoard."""
+        row = {"step": step} | {k: float(v) for k, v in values.items()}
+        with (self.path / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        if self._board is None:
+            from tensorboardX import SummaryWriter  # here, for it imports torch where that is
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush TensorBoard's events."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _environment() -> dict[str, Any]:
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except ModuleNotFoundError:
+            return "not installed"
+
+    return {
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "packages": {name: installed(name) for name in _PACKAGES},
+    }

