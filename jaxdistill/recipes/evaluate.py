@@ -45,7 +45,8 @@ def evaluate(o: Evaluate) -> dict[str, float | int]:
     teacher = None if o.teacher is None else load_model(o.teacher)
     if teacher is not None:
         check_same_vocabulary(teacher, model)
-    packed = pack_rows(load_rows(o.data), model, o.seq_len, o.loss_on, o.packing)
+    rows = load_rows(o.data)
+    packed = pack_rows(rows, model, o.seq_len, o.loss_on, o.packing, add_eos=False)
     objective = kd_objective(model.apply_fn(), None if teacher is None else teacher.apply_fn())
     return make_evaluator(objective)(
         model.params,

@@ -31,15 +31,19 @@ def pack_rows(
     seq_len: int,
     loss_on: Literal["all", "completion"] = "all",
     packing: bool = True,
+    add_eos: bool = True,
 ) -> Packed:
-    """Encode rows with the model's tokenizer and lay them out in rows of ``seq_len`` tokens."""
+    """Encode rows with the model's tokenizer and lay them out in rows of ``seq_len`` tokens.
+
+    Training teaches where a plain text ends (``add_eos``); evaluation scores the text alone.
+    """
     if seq_len > model.config.max_position_embeddings:
         raise UserError(
             f"--seq-len {seq_len} exceeds the {model.config.max_position_embeddings} positions of "
             f"{model.source}; choose a smaller one"
         )
     assert model.tokenizer is not None
-    examples = encode_rows(rows, model.tokenizer, loss_on=loss_on)
+    examples = encode_rows(rows, model.tokenizer, loss_on=loss_on, add_eos=add_eos)
     pad = cast(int, model.tokenizer.pad_token_id or 0)
     return (pack if packing else no_packing)(examples, seq_len, pad_id=pad)
 

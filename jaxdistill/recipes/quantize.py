@@ -169,7 +169,7 @@ def quantize(
     else:
         held_rows = load_rows(o.eval_data)
     packed = pack_rows(rows, teacher, o.seq_len, o.loss_on)
-    held_out = pack_rows(held_rows, teacher, o.seq_len, o.loss_on)
+    held_out = pack_rows(held_rows, teacher, o.seq_len, o.loss_on, add_eos=False)
     held = eval_batches_of(held_out, o.batch_size, o.eval_tokens)
 
     # PTQ: scales beside the masters; what is to be frozen moves onto its lattice values.
