@@ -13,29 +13,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from smollm2 import SMOLLM2, abstract_params
 
 from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.objective import kd_objective, next_token_targets
 from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.losses.divergences import cross_entropy, forward_kl
-from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.decoder import init_params, make_apply
+from jaxdistill.models.decoder import make_apply
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import default_policy, fake_quant_params
 
 ROWS, SEQ = 4, 512
-SMOLLM2 = ModelConfig(
-    model_type="llama",
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    max_position_embeddings=8192,
-    tie_embeddings=True,
-)
 
 
 def dense_objective(student, teacher):
@@ -66,24 +54,8 @@ def temporary_mib(chunk: int | None, remat: bool) -> float:
         else kd_objective(student, teacher, chunk=chunk)
     )
     tx = ov_freeze(adamw(1e-4, 100))
-    teacher_params = jax.eval_shape(lambda: init_params(SMOLLM2, jax.random.key(0)))
-
-    def scaled(node):
-        out = {}
-        for name, child in node.items():
-            if isinstance(child, dict):
-                out[name] = scaled(child)
-                continue
-            out[name] = child
-            if name == "kernel":
-                shape = (*child.shape[:-2], 1, child.shape[-1])
-                out["kernel_scale"] = jax.ShapeDtypeStruct(shape, jnp.float16)
-            if name == "embedding":
-                shape = (child.shape[0], child.shape[1] // 32)
-                out["embedding_scale"] = jax.ShapeDtypeStruct(shape, jnp.float16)
-        return out
-
-    state = jax.eval_shape(lambda p: init_state(p, tx), scaled(teacher_params))
+    teacher_params, student_params = abstract_params()
+    state = jax.eval_shape(lambda p: init_state(p, tx), student_params)
     tokens = jax.ShapeDtypeStruct((ROWS, SEQ), jnp.int32)
     batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct((ROWS, SEQ), jnp.bool_)}
     compiled = make_step(objective, tx).lower(state, teacher_params, batch).compile()

@@ -106,7 +106,9 @@ class Quantize:
     """Print one JSON object as the last line."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1), ("seq_len", 2), ("accumulate", 1)):
+        least_of = {"steps": 0, "batch_size": 1, "seq_len": 2, "accumulate": 1, "chunk": 1}
+        least_of |= {"keep": 1, "eval_tokens": 0, "eval_every": 0, "checkpoint_every": -1}
+        for name, least in least_of.items():
             given = getattr(self, name)
             if given < least:
                 flag = name.replace("_", "-")
@@ -241,8 +243,8 @@ def quantize(
 
 def _identity(o: Quantize) -> dict[str, Any]:
     """Return the options that make a run what it is; a resumed run must have the same."""
-    options = dataclasses.asdict(o) | {"out": str(o.out)}
-    return {k: v for k, v in options.items() if k not in ("resume", "json")}
+    said = dataclasses.asdict(o)
+    return {k: v for k, v in said.items() if k not in ("out", "keep", "resume", "json")}
 
 
 def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:

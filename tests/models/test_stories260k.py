@@ -1,7 +1,7 @@
 """A real trained model, stories260K, against the golden values that came with its data pack.
 
-The values were computed with NumPy from the original llama2.c files, by code that is not ours: greedy
-ids, a logit, the ids of a sentence, and the mean NLL of 100 stories.
+The values were computed with NumPy from the original llama2.c files, by code that is not ours:
+greedy ids, a logit, the ids of a sentence, and the mean NLL of 100 stories.
 """
 
 import gzip
