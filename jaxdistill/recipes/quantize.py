@@ -61,7 +61,7 @@ class Quantize:
     group_size: Literal["channel"] | int = "channel"
     """Weights that share a scale: all of an output channel, or this many (32, 64, 128)."""
     ranges: Ranges = "mse"
-    """How a scale is chosen: the largest weight, or least squared error."""
+    """How a scale is chosen: the largest weight, or the least error (p = 2.4, as in GPTQ)."""
     freeze: str = "ov"
     """Snapped and left untrained: ov (v_proj and o_proj), none, or a regex over parameter paths."""
     steps: int = 200
