@@ -2,7 +2,7 @@
 
 Everything is a pure function of pytrees:
 
-    ApplyFn    (params, tokens[B, T]) -> Output(hidden[B, T, D], head[V, D])
+    ApplyFn    (params, tokens[B, T], positions, segment_ids) -> Output(hidden[B, T, D], head[V, D])
     Transform  params -> params                            fake quantization, dequantization
     Objective  (params, teacher_params, batch) -> (loss_sum, count, metrics)
     Optimizer  an optax.GradientTransformation             ov-freeze is a mask around one

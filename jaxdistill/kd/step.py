@@ -44,7 +44,7 @@ def adamw(
     Args:
         learning_rate: the peak.
         steps: updates in all.
-        warmup: share of the steps that rise linearly from 0.
+        warmup: share of the steps that rise linearly to the peak.
         final: the last rate, as a share of the peak.
         weight_decay: decoupled decay of matrices; vectors (norms, biases) have none.
         clip_norm: largest global norm of the gradient.

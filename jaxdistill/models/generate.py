@@ -36,9 +36,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        sound = self.max_new_tokens >= 1 and self.temperature >= 0 and self.top_k >= 0
+        if not sound or not 0 < self.top_p <= 1:
             raise UserError(
-                f"{self} given; accepted: max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1"
+                f"{self} given; accepted: max_new_tokens >= 1, temperature >= 0, "
+                "top_k >= 0, 0 < top_p <= 1"
             )
 
 

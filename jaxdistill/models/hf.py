@@ -148,7 +148,7 @@ def save_hf(
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
-        _replace(target, temporary)
+        replace_directory(target, temporary)
     except OSError as e:
         raise UserError(
             f"cannot write {target}: {e.strerror or e}; give a directory that can be written"
@@ -356,7 +356,7 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _replace(target: Path, temporary: Path) -> None:
+def replace_directory(target: Path, temporary: Path) -> None:
     """Give a finished directory its name, putting back the old one should that fail."""
     if not target.exists():
         temporary.rename(target)

@@ -44,6 +44,14 @@ class Model:
     tokenizer: Tokenizer | None
     source: str
 
+    def text_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; raise ``UserError`` where the source has none."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.source} has no tokenizer; give a model directory with tokenizer.json"
+            )
+        return self.tokenizer
+
     def apply_fn(self, **options: Any) -> Callable[..., Any]:
         """Return ``make_apply`` of this model; stored integers are dequantized inside the scan."""
         return make_apply(self.config, transform=dequantize_params, **options)

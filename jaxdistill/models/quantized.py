@@ -9,7 +9,6 @@ DIR/tokenizer*          as transformers saves it
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
 from jaxdistill.models.decoder import Params
+from jaxdistill.models.hf import replace_directory
 from jaxdistill.models.tokenizer import Tokenizer, load_tokenizer
 
 _MARK = "quantization.json"
@@ -55,8 +55,7 @@ def save_quantized(
     (part / _MARK).write_text(json.dumps(specs, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(part, directory)
+    replace_directory(directory, part)
 
 
 def load_quantized(directory: Path) -> tuple[ModelConfig, Params, Tokenizer | None]:

@@ -58,8 +58,8 @@ def default_policy(
     A tied table has one spec on both of its uses. Norms, biases and an untied embedding stay float.
     """
     head = QuantSpec(bits=head_bits, group_size=head_group_size, ranges="absmax")
-    table = (r"^embed_tokens/embedding$", head if tied else None)
-    return Policy(rules=((r"^layers/.*/kernel$", spec), (r"^lm_head/kernel$", head), table))
+    vocabulary = r"^embed_tokens/embedding$" if tied else r"^lm_head/kernel$"
+    return Policy(rules=((r"^layers/.*/kernel$", spec), (vocabulary, head)))
 
 
 def walk(params: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -167,15 +167,18 @@ def weight_bytes(params: Params, policy: Policy | None = None) -> int:
     """Count bytes to serve a model: packed integers, float16 scales, float leaves at 2 bytes.
 
     Float leaves are counted as bfloat16, the type that models are released in, for teacher and
-    student alike. ``params`` are masters with scales (then ``policy`` gives the widths) or stored.
+    student alike.
+
+    Args:
+        params: float params, or the stored form.
+        policy: the stored form's policy, for its widths; without one int4 counts 4 bits.
     """
     total = 0.0
     for path, leaf in walk(params):
-        size = float(np.prod(leaf.shape))
-        stem = path.removesuffix("_q")
-        if stem != path:
-            total += size * (4 if leaf.dtype == jnp.int4 else 8) / 8
-            continue
-        spec = policy.spec(path) if policy else None
-        total += size * (spec.bits / 8 if spec is not None else 2)
+        weight = path.removesuffix("_q")
+        bits = 16
+        if weight != path:
+            spec = policy.spec(weight) if policy else None
+            bits = spec.bits if spec else (4 if leaf.dtype == jnp.int4 else 8)
+        total += float(np.prod(leaf.shape)) * bits / 8
     return int(total)

@@ -78,12 +78,17 @@ def demo(o: Demo, console: Console | None = None) -> dict[str, Any]:
     """Run the demo; return its results, answers and paths."""
     console = console or Console(stderr=True)
     began = time.perf_counter()
-    if o.out.exists() and any(o.out.iterdir()):
-        if not (o.out / "demo.json").is_file() and not (o.out / "text").is_dir():
+    model = o.model or embedded_model()
+    teacher = load_model(model)
+    if o.steps < 1:
+        raise UserError(f"--steps {o.steps} given; accepted: 1 or more")
+    mark = o.out / "demo.json"
+    if o.out.exists():
+        if not mark.is_file() and (not o.out.is_dir() or any(o.out.iterdir())):
             raise UserError(f"{o.out} exists and is no demo; choose another --out")
         shutil.rmtree(o.out)
-    model = o.model or embedded_model()
     train, held_out = write_text(o.out / "text")
+    write_json(mark, {"status": "unfinished"})
 
     def job(name: str, **changes: Any) -> Quantize:
         settings: dict[str, Any] = {
@@ -118,11 +123,11 @@ def demo(o: Demo, console: Console | None = None) -> dict[str, Any]:
     gguf = export(Export(run=best, format="gguf", out=o.out / "student-q4_0.gguf"))
     how = Sampling(max_new_tokens=64)
     answers = {
-        name: answer(load_model(source), o.prompt, how)
-        for name, source in (
-            ("teacher", model),
-            ("PTQ MSE", str(o.out / "ptq_mse")),
-            ("KD-QAT + ov-freeze", str(best)),
+        name: answer(which, o.prompt, how)
+        for name, which in (
+            ("teacher", teacher),
+            ("PTQ MSE", load_model(o.out / "ptq_mse")),
+            ("KD-QAT + ov-freeze", load_model(best)),
         )
     }
     runs = {
@@ -140,7 +145,7 @@ def demo(o: Demo, console: Console | None = None) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - began, 1),
         "peak_mib": peak_mib(),
     }
-    write_json(o.out / "demo.json", report)
+    write_json(mark, report)
     (o.out / "README.md").write_text(f"# The demo\n\n{markdown_table(results)}")
     _show(o, report, console)
     return report

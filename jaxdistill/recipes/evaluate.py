@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.models.hub import check_same_vocabulary, load_model
@@ -40,8 +39,6 @@ class Evaluate:
 def evaluate(o: Evaluate) -> dict[str, float | int]:
     """Return ``nll``, ``perplexity``, ``tokens``, and with a teacher ``kl`` and ``agreement``."""
     model = load_model(o.model)
-    if model.tokenizer is None:
-        raise UserError(f"{o.model} has no tokenizer; give a model directory with tokenizer.json")
     teacher = None if o.teacher is None else load_model(o.teacher)
     if teacher is not None:
         check_same_vocabulary(teacher, model)

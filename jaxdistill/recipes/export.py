@@ -8,7 +8,6 @@ from typing import Literal
 
 import jax
 
-from jaxdistill.errors import UserError
 from jaxdistill.export.gguf import write_gguf
 from jaxdistill.models.hf import save_hf
 from jaxdistill.models.quantized import load_quantized
@@ -31,8 +30,7 @@ class Export:
 def export(o: Export) -> Path:
     """Write the export and return its path."""
     config, params, tokenizer = load_quantized(finished_student(o.run))
-    if tokenizer is None:
-        raise UserError(f"{o.run} has no tokenizer; quantize a model that carries one")
+    assert tokenizer is not None  # no run is made without one
     if o.format == "gguf":
         write_gguf(o.out, config, params, tokenizer, name=o.run.name)
     else:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import cast
 
 import jax
 
-from jaxdistill.errors import UserError
 from jaxdistill.models import generate as decoding
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.models.hub import Model, load_model
@@ -36,13 +36,15 @@ class Generate:
     """Of the sampling."""
 
 
+# One function for models of one shape: generation is then compiled once for all of them.
+_apply_of = functools.lru_cache(maxsize=8)(make_apply)
+
+
 def answer(
     model: Model, prompt: str, how: decoding.Sampling, *, raw: bool = False, seed: int = 0
 ) -> str:
     """Return the model's answer to one prompt."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{model.source} has no tokenizer; give a directory with tokenizer.json")
+    tokenizer = model.text_tokenizer()
     if raw or not tokenizer.chat_template:
         ids = tokenizer(prompt)["input_ids"]
     else:
@@ -55,7 +57,7 @@ def answer(
         () if tokenizer.eos_token_id is None else (cast(int, tokenizer.eos_token_id),)
     )
     new = decoding.generate(
-        make_apply(model.config), params, model.config, [ids], how=how, stop=stop, seed=seed
+        _apply_of(model.config), params, model.config, [ids], how=how, stop=stop, seed=seed
     )
     return str(tokenizer.decode(new[0], skip_special_tokens=True))
 

@@ -42,15 +42,17 @@ def pack_rows(
             f"--seq-len {seq_len} exceeds the {model.config.max_position_embeddings} positions of "
             f"{model.source}; choose a smaller one"
         )
-    assert model.tokenizer is not None
-    examples = encode_rows(rows, model.tokenizer, loss_on=loss_on, add_eos=add_eos)
-    pad = cast(int, model.tokenizer.pad_token_id or 0)
+    tokenizer = model.text_tokenizer()
+    examples = encode_rows(rows, tokenizer, loss_on=loss_on, add_eos=add_eos)
+    pad = cast(int, tokenizer.pad_token_id or 0)
     return (pack if packing else no_packing)(examples, seq_len, pad_id=pad)
 
 
 def eval_batches_of(packed: Packed, batch_size: int, tokens: int = 0) -> list[Batch]:
-    """Return the evaluation's batches, those of the first ``tokens`` tokens (0: all)."""
-    found = list(eval_batches(packed, batch_size))
+    """Return the evaluation's batches that hold a target, the first ``tokens`` tokens (0: all)."""
+    found = [batch for batch in eval_batches(packed, batch_size) if batch["loss_mask"].any()]
+    if not found:
+        raise UserError("the evaluation data hold no target token; give longer texts")
     if tokens:
         found = found[: max(1, tokens // (batch_size * packed.tokens.shape[1]))]
     return found

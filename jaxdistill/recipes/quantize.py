@@ -7,10 +7,12 @@ to match the teacher; store integers and scales; evaluate teacher, PTQ and stude
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import tyro
 from rich.console import Console
@@ -107,7 +109,13 @@ class Quantize:
 
     def __post_init__(self) -> None:
         least_of = {"steps": 0, "batch_size": 1, "seq_len": 2, "accumulate": 1, "chunk": 1}
-        least_of |= {"keep": 1, "eval_tokens": 0, "eval_every": 0, "checkpoint_every": -1}
+        least_of |= {
+            "keep": 1,
+            "eval_tokens": 0,
+            "eval_every": 0,
+            "checkpoint_every": -1,
+            "seed": 0,
+        }
         for name, least in least_of.items():
             given = getattr(self, name)
             if given < least:
@@ -118,7 +126,8 @@ class Quantize:
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}; "
                 "choose a divisor"
             )
-        if not 0 <= self.ce_weight <= 1 or self.temperature <= 0 or self.lr <= 0:
+        finite = 0 < self.lr < math.inf and 0 < self.temperature < math.inf
+        if not 0 <= self.ce_weight <= 1 or not finite:
             raise UserError(
                 f"--ce-weight {self.ce_weight}, --temperature {self.temperature}, --lr {self.lr} "
                 "given; accepted: 0 <= ce-weight <= 1, temperature > 0, lr > 0"
@@ -162,8 +171,8 @@ def quantize(
 
     # The teacher and its data; everything that can be wrong with the input is found before writing.
     teacher = load_model(o.model)
-    if teacher.tokenizer is None:
-        raise UserError(f"{o.model} has no tokenizer; give a model directory with tokenizer.json")
+    # A quantized model may be the teacher too: its float values are what is distilled.
+    teacher = dataclasses.replace(teacher, params=jax.jit(dequantize_params)(teacher.params))
     policy = policy_of(o, teacher)
     rows = load_rows(o.data)
     if o.eval_data is None:
@@ -173,6 +182,7 @@ def quantize(
     packed = pack_rows(rows, teacher, o.seq_len, o.loss_on)
     held_out = pack_rows(held_rows, teacher, o.seq_len, o.loss_on, add_eos=False)
     held = eval_batches_of(held_out, o.batch_size, o.eval_tokens)
+    data = batches(packed, batch_size=o.batch_size, seed=o.seed)
 
     # PTQ: scales beside the masters; what is to be frozen moves onto its lattice values.
     student = add_scales(teacher.params, policy)
@@ -188,7 +198,7 @@ def quantize(
     beside = make_evaluator(kd_objective(int_apply, float_apply, chunk=o.chunk))
 
     def judge(params: Params, on: list[Any]) -> dict[str, float | int]:
-        return beside(params, teacher.params, on) | {"bytes": weight_bytes(params)}
+        return beside(params, teacher.params, on) | {"bytes": weight_bytes(params, policy)}
 
     results: Results = dict(known or {})
     with console.status("evaluating teacher and PTQ"):
@@ -219,7 +229,7 @@ def quantize(
             make_step(objective, tx, accumulate=o.accumulate),
             init_state(student, tx),
             teacher.params,
-            batches(packed, batch_size=o.batch_size, seed=o.seed),
+            data,
             steps=o.steps,
             run=run,
             fingerprint=fingerprint(packed),
@@ -233,6 +243,7 @@ def quantize(
         stored = quantize_params(state.params, policy)
         with console.status("evaluating the student"):
             results["student"] = judge(stored, held)
+        check_student(results["student"], o.lr)
     else:
         results["student"] = results["ptq"]
     specs = specs_of(student, policy)
@@ -245,6 +256,15 @@ def _identity(o: Quantize) -> dict[str, Any]:
     """Return the options that make a run what it is; a resumed run must have the same."""
     said = dataclasses.asdict(o)
     return {k: v for k, v in said.items() if k not in ("out", "keep", "resume", "json")}
+
+
+def check_student(result: Mapping[str, float | int], lr: float) -> None:
+    """Raise ``UserError`` where the last update left a student that is not finite."""
+    if not math.isfinite(result["nll"]):
+        raise UserError(
+            f"the student's held-out NLL is {result['nll']} at --lr {lr}; it was not stored; lower "
+            "--lr, then start again in another --out"
+        )
 
 
 def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:

@@ -65,14 +65,19 @@ def _plot_recovered(path: Path, results: Mapping[str, Mapping[str, float | int]]
     students = [label for label in results if label not in ("teacher", "ptq")]
     teacher, ptq = results["teacher"], results["ptq"]
     figure, axes = plt.subplots(figsize=(6, 1.6 + 0.8 * len(students)))
+    low, high = 0.0, 0.0
     for offset, (name, goal) in ((-0.2, ("kl", 0.0)), (0.2, ("nll", teacher["nll"]))):
         shares = [100 * recovered(ptq[name], results[s][name], goal) for s in students]
+        low, high = min(low, *shares), max(high, *shares)
         places = [i + offset for i in range(len(students))]
         bars = axes.barh(places, shares, height=0.36, label=f"by {name.upper()}")
         axes.bar_label(bars, fmt="%.1f %%", fontsize=8, padding=2)
     axes.axvline(100, color="grey", ls="--", lw=1)
     axes.set_yticks(range(len(students)), students)
-    axes.set(xlabel="gap from PTQ to teacher recovered (%)", xlim=(0, 125))
+    axes.set(
+        xlabel="gap from PTQ to teacher recovered (%)",
+        xlim=(min(0, 1.2 * low), max(125, 1.2 * high)),
+    )
     axes.invert_yaxis()
     axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _save(figure, path)

@@ -30,7 +30,7 @@ def check_finite(step: int, values: Mapping[str, float | int], kept: int | None)
     last = "no checkpoint was saved yet" if kept is None else f"checkpoint {kept} is kept"
     raise UserError(
         f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}; {last}; lower "
-        "--lr or look at the data, then start again"
+        "--lr or look at the data, then start again in another --out"
     )
 
 

@@ -47,7 +47,7 @@ class RunDirectory:
         self.path = path
         known = path / "config.json"
         if known.is_file():
-            before = json.loads(known.read_text())["options"]
+            before = _options_of(known)
             differs = [k for k, v in options.items() if before.get(k) != v]
             if not resume:
                 raise UserError(
@@ -65,8 +65,13 @@ class RunDirectory:
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not a run; choose another --out")
         else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(known, {"options": dict(options), "environment": _environment()})
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                write_json(known, {"options": dict(options), "environment": _environment()})
+            except OSError as e:
+                raise UserError(
+                    f"{path} cannot be written ({e.strerror or e}); choose another --out"
+                ) from None
         self._board: Any = None
 
     @property
@@ -102,6 +107,14 @@ class RunDirectory:
         """Flush TensorBoard's events."""
         if self._board is not None:
             self._board.close()
+
+
+def _options_of(config: Path) -> dict[str, Any]:
+    """Return the options a run was started with; raise ``UserError`` where it is no run's file."""
+    try:
+        return dict(json.loads(config.read_text())["options"])
+    except (ValueError, KeyError, TypeError, OSError):
+        raise UserError(f"{config.parent} exists and is not a run; choose another --out") from None
 
 
 def _environment() -> dict[str, Any]:

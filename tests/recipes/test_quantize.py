@@ -84,6 +84,44 @@ def test_steps_zero_is_plain_ptq(inputs, tmp_path):
     assert load_model(tmp_path / "r").config.vocab_size == 260
 
 
+def test_a_quantized_model_may_be_the_teacher(run, inputs, tmp_path):
+    """On the same values an 8-bit student of a 4-bit teacher loses almost nothing."""
+    out, _ = run
+    options = SMALL | {"steps": 0, "bits": 8}
+    results = quantize(Quantize(model=str(out), data=inputs[1], out=tmp_path / "r", **options))
+    assert results["ptq"]["kl"] < 0.01 and results["ptq"]["agreement"] > 0.9
+
+
+def test_fewer_bits_are_fewer_bytes(inputs, tmp_path):
+    sizes = []
+    for bits in (2, 3, 4, 8):
+        options = SMALL | {"steps": 0, "bits": bits}
+        job = Quantize(model=inputs[0], data=inputs[1], out=tmp_path / str(bits), **options)
+        sizes.append(quantize(job)["ptq"]["bytes"])
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    assert [b - a for a, b in zip(sizes, sizes[1:], strict=False)] == [
+        weights // 8,
+        weights // 8,
+        weights // 2,
+    ]
+
+
+def test_failures_before_training_write_nothing(inputs, tmp_path):
+    model, data = inputs
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="hold no target token; give longer texts"):
+        quantize(
+            Quantize(model=model, data=data, eval_data=str(short), out=tmp_path / "r", **SMALL)
+        )
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(UserError, match="exists and is not a run; choose another --out"):
+        quantize(Quantize(model=model, data=data, out=Path(model), **SMALL))
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(UserError, match="cannot be written"):
+        quantize(Quantize(model=model, data=data, out=tmp_path / "file" / "r", **SMALL))
+
+
 def test_warnings_say_when_training_was_needless_or_hurt():
     teacher, good, bad = (
         {"perplexity": p, "kl": k} for p, k in ((10.0, 0.0), (10.05, 0.1), (20.0, 0.3))
@@ -150,6 +188,12 @@ def test_killed_run_resumes_bit_for_bit(inputs, tmp_path):
     [
         ({"batch_size": 0}, "--batch-size 0 given; accepted: 1 or more"),
         ({"accumulate": 3}, "--accumulate 3 does not divide --batch-size 8; choose a divisor"),
+        ({"seed": -1}, "--seed -1 given; accepted: 0 or more"),
+        (
+            {"lr": float("nan")},
+            "--ce-weight 0.0, --temperature 1.0, --lr nan given; accepted: 0 <= ce-weight <= 1, "
+            "temperature > 0, lr > 0",
+        ),
         (
             {"ce_weight": 2.0},
             "--ce-weight 2.0, --temperature 1.0, --lr 0.0001 given; accepted: 0 <= ce-weight <= 1, "
