@@ -15,6 +15,7 @@ Axis letters, in shape suffixes and annotations:
     H width of a head      F rotary pairs, H/2    G groups that share a scale
 """
 
+from jaxdistill import _quiet as _quiet
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.freeze import OV_PATTERN, freeze, ov_freeze
