@@ -58,6 +58,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             found = self._orbax.metadata(step)
             saved = dict(found.custom_metadata or {}).get("data")  # pyright: ignore
+            if not jax.tree.leaves(found.metadata):
+                raise ValueError("its description is cut off")
             if _shapes(found.metadata) != _shapes(like):
                 raise ValueError("it is of another model or optimizer")
             abstract = jax.tree.map(
