@@ -143,7 +143,7 @@ def test_unexpected_tensors_are_named_up_to_three(model):
     )
 
 
-def test_an_untied_head_that_the_config_does_not_want_tied_is_read(model):
+def test_an_untied_model_must_have_a_head(model):
     edit_json(model / "config.json", tie_word_embeddings=False)
     refused(lambda: load_hf(model), "lacks lm_head.weight, which its config.json asks for")
 
