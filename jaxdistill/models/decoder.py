@@ -22,6 +22,10 @@ from jaxdistill.models.rope import apply_rope, rope_frequencies
 
 Params = dict[str, Any]
 Transform = Callable[[Params], Params]
+# (path of a linear layer, its input rows) -> the rows it shall see: activation fake quantization.
+Activation = Callable[[str, Array], Array]
+# Each linear layer's (input [N, in], output [N, out]), by path ("layers/self_attn/q_proj").
+Seen = dict[str, tuple[Array, Array]]
 
 
 class Output(NamedTuple):
@@ -207,10 +211,75 @@ def _layer_transform(transform: Transform | None) -> Transform:
     return lambda layer: transform({"layers": layer})["layers"]
 
 
+class Places(NamedTuple):
+    """Hold what every layer needs to know of a batch's places: shape, rotation, mask."""
+
+    shape: tuple[int, int]
+    rope: tuple[Array, Array]
+    mask: Bool[Array, "#B T S"]
+
+
+def places_of(
+    config: ModelConfig, tokens: Array, positions: Array | None, segment_ids: Array | None
+) -> Places:
+    """Return the places of a batch that is read whole, without a cache."""
+    B, T = tokens.shape
+    if positions is None:
+        positions = jnp.arange(T, dtype=jnp.int32)[None]
+    # The order of positions is the order of places, segment by segment, so they serve both.
+    mask = attention_mask(positions, positions, segment_ids, segment_ids, config.sliding_window)
+    return Places((B, T), _rope(config, positions), mask)
+
+
+def _rope(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)[None, None]
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def run_layer(
+    config: ModelConfig,
+    layer_params: Params,
+    x_ND: Array,
+    places: Places,
+    *,
+    cache: Any = None,
+    activation: Activation | None = None,
+) -> tuple[Array, Any, Seen]:
+    """Run one decoder layer.
+
+    Args:
+        config: the decoder's shape.
+        layer_params: one layer's params, without the stacked axis.
+        x_ND: token-major rows.
+        places: see ``places_of``.
+        cache: the layer's (keys, values, length), or None.
+        activation: changes what each linear layer sees.
+
+    Returns:
+        the rows, the layer's keys and values, and what each linear layer saw and gave.
+    """
+    seen: Seen = {}
+
+    def look(call, args, kwargs, context):
+        if not isinstance(context.module, Linear) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        path = "/".join(("layers", *context.module.path))
+        x = args[0] if activation is None else activation(path, args[0])
+        y = call(x)
+        seen[path] = (x, y)
+        return y
+
+    with nn.intercept_methods(look):
+        x_ND, kv = cast(Any, Block(config).apply({"params": layer_params}, x_ND, *places, cache))
+    return x_ND, kv, seen
+
+
 def make_apply(
     config: ModelConfig,
     *,
     transform: Transform | None = None,
+    activation: Activation | None = None,
+    tap: Callable[[Seen, Any], Any] | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     unroll: int = 1,
@@ -222,61 +291,72 @@ def make_apply(
         transform: ``params -> params``, called inside the scan on ``{"layers": one layer}`` and
             outside on everything else; it must map leaves one by one (every transform in ``quant``
             does), so that it gives what it gives on the whole tree.
+        activation: ``(path, rows) -> rows``, what each linear layer of a decoder layer sees in
+            place of its input; see ``quant.activations``.
+        tap: ``(seen, extra) -> statistics``, called in each layer with every linear layer's input
+            and output by path and with that layer's slice of ``tap_inputs``; ``apply`` then returns
+            ``(Output, statistics stacked over layers)``.
         dtype: type of activations and products' operands (float32 or bfloat16); sums, norms and
             softmax stay float32, and so do the parameters.
         remat: recompute each layer in the backward pass instead of storing its activations.
         unroll: layers per scan iteration; ``config.num_layers`` gives straight-line code.
 
     Returns:
-        ``apply(params, tokens, positions=None, segment_ids=None, cache=None)``. It returns
-        ``Output``, or ``(Output, KVCache)`` where a cache is given.
+        ``apply(params, tokens, positions=None, segment_ids=None, cache=None, tap_inputs=None)``. It
+        returns ``Output``, or ``(Output, KVCache)`` where a cache is given.
     """
-    block, per_layer = Block(config), _layer_transform(transform)
-    frequencies = rope_frequencies(config)
+    per_layer = _layer_transform(transform)
 
-    def apply(params, tokens, positions=None, segment_ids=None, cache=None):
-        B, T = tokens.shape
+    def apply(params, tokens, positions=None, segment_ids=None, cache=None, tap_inputs=None) -> Any:
         rest = {k: v for k, v in params.items() if k != "layers"}
         rest = transform(rest) if transform else rest
         table = rest["embed_tokens"]["embedding"]
-        start = 0 if cache is None else cache.length
-        if positions is None:
-            positions = jnp.arange(T, dtype=jnp.int32)[None] + start
-        angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
-        rope = (jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None])
-        window = config.sliding_window
-        past_kv = None
+        past_kv, start = None, 0
         if cache is None:
-            # The order of positions is the order of places, segment by segment, so they serve both.
-            mask = attention_mask(positions, positions, segment_ids, segment_ids, window)
+            places = places_of(config, tokens, positions, segment_ids)
         else:
-            if segment_ids is None:
-                segment_ids = jnp.ones((B, T), jnp.int32)
-            cache = _append(cache, jnp.broadcast_to(positions, (B, T)), segment_ids)
+            start = cache.length
+            places, cache = _places_after(config, cache, tokens, positions, segment_ids)
             past_kv = (cache.k, cache.v)
-            mask = attention_mask(
-                positions, cache.positions, segment_ids, cache.segment_ids, window
-            )
 
-        def body(x_ND: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
-            layer_params, kv = layer
+        def body(x_ND: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+            layer_params, kv, extra = layer
             kv = None if kv is None else (*kv, start)
-            x_ND, kv_out = block.apply(
-                {"params": per_layer(layer_params)}, x_ND, (B, T), rope, mask, kv
+            x_ND, kv_out, seen = run_layer(
+                config, per_layer(layer_params), x_ND, places, cache=kv, activation=activation
             )
-            return x_ND, (None if kv is None else kv_out)
+            return x_ND, (None if kv is None else kv_out, tap(seen, extra) if tap else None)
 
         x_ND = jnp.take(table, tokens.reshape(-1), axis=0).astype(dtype)
         scanned = jax.checkpoint(body) if remat else body
-        x_ND, new_kv = lax.scan(scanned, x_ND, (params["layers"], past_kv), unroll=unroll)
+        layers = (params["layers"], past_kv, tap_inputs)
+        x_ND, (new_kv, statistics) = lax.scan(scanned, x_ND, layers, unroll=unroll)
         norm = RMSNorm(config.rms_norm_eps)
         x_ND = cast(Array, norm.apply({"params": rest["norm"]}, x_ND))
-        hidden = x_ND.reshape(B, T, -1)
+        hidden = x_ND.reshape(*tokens.shape, -1)
         head = table if config.tie_embeddings else rest["lm_head"]["kernel"].T
         output = Output(hidden, head.astype(dtype))
+        if tap:
+            return output, statistics
         return output if cache is None else (output, cache._replace(k=new_kv[0], v=new_kv[1]))
 
     return apply
+
+
+def _places_after(
+    config: ModelConfig, cache: KVCache, tokens: Array, positions: Any, segment_ids: Any
+) -> tuple[Places, KVCache]:
+    """Return the places of tokens that follow those in the cache, and the cache with them in it."""
+    B, T = tokens.shape
+    if positions is None:
+        positions = jnp.arange(T, dtype=jnp.int32)[None] + cache.length
+    if segment_ids is None:
+        segment_ids = jnp.ones((B, T), jnp.int32)
+    cache = _append(cache, jnp.broadcast_to(positions, (B, T)), segment_ids)
+    mask = attention_mask(
+        positions, cache.positions, segment_ids, cache.segment_ids, config.sliding_window
+    )
+    return Places((B, T), _rope(config, positions), mask), cache
 
 
 def _append(cache: KVCache, positions: Array, segment_ids: Array) -> KVCache:
