@@ -12,10 +12,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import jax
-
 import jaxdistill as jd
-from jaxdistill.quant import ranges
 from jaxdistill.recipes.demo import embedded_model, write_text
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows
 from jaxdistill.train.data import load_rows
@@ -37,9 +34,7 @@ def main() -> None:
     for group_size in (None, 32):
         for norm in (None, 2.0, 2.4, 3.0, 4.0):
             how = "absmax" if norm is None else "mse"
-            ranges._NORM = norm or ranges._NORM
-            jax.clear_caches()
-            spec = jd.QuantSpec(bits=4, group_size=group_size, ranges=how)
+            spec = jd.QuantSpec(bits=4, group_size=group_size, ranges=how, norm=norm or 2.4)
             policy = jd.default_policy(spec, tied=True)
             stored = jd.quantize_params(jd.add_scales(teacher.params, policy), policy)
             found = evaluate(stored, teacher.params, held)

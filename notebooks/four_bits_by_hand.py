@@ -29,15 +29,15 @@ from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import init_params
 from jaxdistill.quant.fake_quant import fake_quant
 from jaxdistill.quant.lattice import QuantSpec, dequantize, quantize
-from jaxdistill.quant.ranges import choose_scale
+from jaxdistill.quant.ranges import choose_grid
 
 # %% [markdown]
 # ## The lattice
 #
 # A kernel `[in, out]` gets one float16 scale `s` for each output channel, and integers `q` in
 # [-8, 7]. The value that the model computes with is `s * q`. Two ways to choose `s`: so that the
-# largest weight just fits (`absmax`), or so that the squared error is least (`mse`), which clips
-# a few large weights.
+# largest weight just fits (`absmax`), or so that the error is least (`mse`), which clips a few
+# large weights.
 
 # %%
 w = jax.random.normal(jax.random.key(0), (2048, 64))
@@ -45,8 +45,8 @@ errors = {}
 for ranges in ("absmax", "mse"):
     for group_size in (None, 128, 32):
         spec = QuantSpec(bits=4, group_size=group_size, ranges=ranges)
-        scale = choose_scale(w, spec)
-        off = dequantize(quantize(w, scale, spec), scale) - w
+        grid = choose_grid(w, spec)
+        off = dequantize(quantize(w, grid, spec), grid) - w
         errors[ranges, group_size or "channel"] = float(jnp.linalg.norm(off) / jnp.linalg.norm(w))
 print({k: round(v, 3) for k, v in errors.items()})
 
@@ -59,10 +59,10 @@ print({k: round(v, 3) for k, v in errors.items()})
 # %%
 spec = QuantSpec(bits=4)
 x = jnp.linspace(-3.0, 3.0, 301)[:, None]
-s = jnp.full((1, 1), 0.25, jnp.float16)
-slope = jax.grad(lambda x: jnp.sum(fake_quant(x, s, spec)))(x)
+grid = (jnp.full((1, 1), 0.25, jnp.float16),)  # one scale
+slope = jax.grad(lambda x: jnp.sum(fake_quant(x, grid, spec)))(x)
 figure, axes = plt.subplots(figsize=(6, 3))
-axes.plot(x[:, 0], fake_quant(x, s, spec)[:, 0], label="forward")
+axes.plot(x[:, 0], fake_quant(x, grid, spec)[:, 0], label="forward")
 axes.plot(x[:, 0], slope[:, 0], "--", label="derivative")
 axes.legend()
 figure.tight_layout()

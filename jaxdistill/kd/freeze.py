@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,8 @@ import optax
 from jaxdistill.errors import UserError
 
 Params = dict[str, Any]
-OV_PATTERN = r"/(v|o)_proj/kernel$"
-# Scales and stored integers are data of the lattice: no optimizer may move them.
-_NEVER_TRAINED = r"_(scale|q)$"
+OV_PATTERN = r"/(v|o)_proj/kernel"  # the kernels, and where their ranges are learned these too
+WEIGHTS_PATTERN = r"/(kernel|embedding|weight|bias)$"  # all but learned ranges
 
 
 class FreezeTransformation(optax.GradientTransformationExtraArgs):
@@ -36,8 +35,9 @@ def _path(keys: tuple[Any, ...]) -> str:
 def freeze_mask(params: Params, patterns: Sequence[str] = ()) -> Params:
     """Return a tree of bools, True where a leaf is frozen.
 
-    A leaf is frozen where its path (``layers/self_attn/v_proj/kernel``) matches a pattern, where
-    its weight does (a frozen kernel's scale), and always where it is a scale or a stored integer.
+    A leaf is frozen where its path (``layers/self_attn/v_proj/kernel``) matches a pattern, and
+    always where it is of float16 or integers: fixed scales and stored weights are data, and no
+    optimizer may move them.
 
     Raises:
         UserError: a pattern is no regular expression, or matches no parameter.
@@ -54,8 +54,8 @@ def freeze_mask(params: Params, patterns: Sequence[str] = ()) -> Params:
             )
 
     def frozen(keys: tuple[Any, ...], leaf: Any) -> bool:
-        path = _path(keys)
-        return bool(re.search(_NEVER_TRAINED, path)) or any(m.search(path) for m in matchers)
+        data = leaf.dtype == jnp.float16 or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return data or any(m.search(_path(keys)) for m in matchers)
 
     return jax.tree_util.tree_map_with_path(frozen, params)
 
@@ -96,8 +96,52 @@ def ov_freeze(tx: optax.GradientTransformation) -> FreezeTransformation:
 
 
 def freeze_patterns(freeze: str) -> list[str]:
-    """Read the user's word: ``ov``, ``none``, or a regular expression over parameter paths."""
-    return {"ov": [OV_PATTERN], "none": []}.get(freeze, [freeze])
+    """Read the user's word: ``ov``, ``none``, ``weights``, or a regex over parameter paths.
+
+    ``weights`` leaves the learned ranges alone to be trained (scale-only training).
+    """
+    return {"ov": [OV_PATTERN], "none": [], "weights": [WEIGHTS_PATTERN]}.get(freeze, [freeze])
+
+
+class Phase(NamedTuple):
+    """Say what is frozen from step ``start`` to step ``stop``."""
+
+    start: int
+    stop: int
+    patterns: list[str]
+
+
+def freeze_phases(patterns: list[str], steps: int, start: int = 0, stop: int = 0) -> list[Phase]:
+    """Cut a run into phases: frozen from ``start`` to ``stop`` (0: to the end), free elsewhere.
+
+    Raises:
+        UserError: the window lies outside of the run, or holds no step.
+    """
+    end = stop or steps
+    if not 0 <= start < end <= steps and patterns and steps:
+        raise UserError(
+            f"a freeze from step {start} to {end} of {steps} given; accepted: "
+            "0 <= start < stop <= steps"
+        )
+    cut = [(0, start, []), (start, end, patterns), (end, steps, [])] if patterns else []
+    return [Phase(*p) for p in cut or [(0, steps, [])] if p[0] < p[1]]
+
+
+def migrate(opt_state: Any, tx: optax.GradientTransformation, params: Params) -> Any:
+    """Carry an optimizer's state over to another freeze mask of the same optimizer.
+
+    Leaves that both states have are kept, counts included; newly released parameters start from
+    zero moments, newly frozen ones lose theirs.
+
+    Args:
+        opt_state: the state under the mask so far.
+        tx: the optimizer under the mask to come.
+        params: the parameters.
+    """
+    kept = dict(jax.tree_util.tree_leaves_with_path(opt_state))
+    return jax.tree_util.tree_map_with_path(
+        lambda place, fresh: kept.get(place, fresh), tx.init(params)
+    )
 
 
 def partition(params: Params, mask: Params) -> tuple[Params, Params]:

@@ -15,9 +15,13 @@ from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.models.gguf import read_gguf
 from jaxdistill.models.hf import load_hf
-from jaxdistill.models.quantized import is_quantized, load_quantized
+from jaxdistill.models.quantized import is_quantized, load_activations, load_quantized
 from jaxdistill.models.tokenizer import Tokenizer, fingerprint, load_tokenizer
-from jaxdistill.quant.policy import dequantize_params
+from jaxdistill.quant.policy import (
+    ActivationRules,
+    dequantize_params,
+    fake_quant_activations,
+)
 
 ACCEPTED = (
     "a run directory, a Hugging Face model directory, a .gguf file, or a hub name such as org/name"
@@ -37,12 +41,14 @@ class Model:
             kernels in the stored form, see ``models.quantized``.
         tokenizer: None where the source has no tokenizer.
         source: what the user gave, for messages and reports.
+        activations: how a quantized model's activations are quantized; empty for float.
     """
 
     config: ModelConfig
     params: dict[str, Any]
     tokenizer: Tokenizer | None
     source: str
+    activations: ActivationRules = ()
 
     def text_tokenizer(self) -> Tokenizer:
         """Return the tokenizer; raise ``UserError`` where the source has none."""
@@ -54,7 +60,10 @@ class Model:
 
     def apply_fn(self, **options: Any) -> Callable[..., Any]:
         """Return ``make_apply`` of this model; stored integers are dequantized inside the scan."""
-        return make_apply(self.config, transform=dequantize_params, **options)
+        activation = fake_quant_activations(self.activations)
+        return make_apply(
+            self.config, transform=dequantize_params, activation=activation, **options
+        )
 
 
 def load_model(source: str | Path) -> Model:
@@ -75,7 +84,13 @@ def load_model(source: str | Path) -> Model:
         stored = next((d for d in (path, path / "student") if is_quantized(d)), None)
         if stored is not None:
             config, params, tokenizer = load_quantized(stored)
-            model = Model(config=config, params=params, tokenizer=tokenizer, source=text)
+            model = Model(
+                config=config,
+                params=params,
+                tokenizer=tokenizer,
+                source=text,
+                activations=load_activations(stored),
+            )
         elif (path / "metrics.jsonl").is_file():
             raise UserError(f"{text} is a run without a finished student; finish it with --resume")
         elif not (path / "config.json").is_file():
@@ -130,6 +145,19 @@ def _from_directory(path: Path, source: str) -> Model:
 def _from_gguf(path: Path, source: str) -> Model:
     config, params, tokenizer = read_gguf(path)
     return Model(config=config, params=params, tokenizer=tokenizer, source=source)
+
+
+def cached_hub_name(source: str) -> str | None:
+    """Return ``source`` if it names a hub model that was fetched to here, else None.
+
+    A path such as ``runs/mine`` may look like a hub name; only the cache can tell.
+    """
+    if not _HUB_NAME.fullmatch(source) or Path(source).exists():
+        return None
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    return source if isinstance(found, str) else None
 
 
 def _fetch(name: str) -> Path:

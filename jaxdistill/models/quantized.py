@@ -1,13 +1,14 @@
 """A quantized model on disk: stored integers and float16 scales, HF config, tokenizer.
 
 DIR/config.json         the HF config
-DIR/quantization.json   bits, group size and path of every quantized weight, for the reader
+DIR/quantization.json   the spec of every quantized weight, for the reader; that of activations
 DIR/params/             orbax: ``kernel_q`` int4 or int8, ``kernel_scale`` float16, norms float32
 DIR/tokenizer*          as transformers saves it
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,8 +21,10 @@ from orbax.checkpoint import v1 as ocp
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
 from jaxdistill.models.decoder import Params
-from jaxdistill.models.hf import replace_directory
+from jaxdistill.models.hf_directory import replace_directory
 from jaxdistill.models.tokenizer import Tokenizer, load_tokenizer
+from jaxdistill.quant.activations import ActivationSpec
+from jaxdistill.quant.policy import ActivationRules, Policy, walk
 
 _MARK = "quantization.json"
 
@@ -36,7 +39,7 @@ def save_quantized(
     config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer | None,
-    specs: dict[str, Any],
+    policy: Policy,
 ) -> None:
     """Write params in the stored form; the directory appears whole or not at all.
 
@@ -45,17 +48,40 @@ def save_quantized(
         config: the decoder's shape.
         params: what ``quant.policy.quantize_params`` returns.
         tokenizer: saved beside, where there is one.
-        specs: path to ``{"bits", "group_size", "ranges"}``, written for the reader.
+        policy: that of the params; its rules for activations are part of the model.
     """
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     ocp.save(str((part / "params").resolve()), jax.tree.map(np.asarray, params))
     (part / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-    (part / _MARK).write_text(json.dumps(specs, indent=2) + "\n")
+    (part / _MARK).write_text(json.dumps(_described(params, policy), indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
     replace_directory(directory, part)
+
+
+def _described(params: Params, policy: Policy) -> dict[str, Any]:
+    paths = [path.removesuffix("_q") for path, _ in walk(params) if path.endswith("_q")]
+    specs = {path: policy.spec(path) for path in paths}
+    rules = [(regex, spec and dataclasses.asdict(spec)) for regex, spec in policy.activations]
+    weights = {path: dataclasses.asdict(spec) for path, spec in specs.items() if spec}
+    return {"weights": weights, "activations": rules}
+
+
+def load_activations(directory: Path) -> ActivationRules:
+    """Read the rules for activations of what ``save_quantized`` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        rules = json.loads((directory / _MARK).read_text())["activations"]
+        return tuple((regex, spec and ActivationSpec(**spec)) for regex, spec in rules)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{directory / _MARK} is damaged ({type(e).__name__}: {e}); export or train it again"
+        ) from None
 
 
 def load_quantized(directory: Path) -> tuple[ModelConfig, Params, Tokenizer | None]:

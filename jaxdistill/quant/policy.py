@@ -1,8 +1,8 @@
 """Which parameter gets which spec, by regular expression over its path, and a tree's transforms.
 
-Leaf names: a float weight is ``kernel`` or ``embedding``; its scale stands beside it as
-``kernel_scale`` or ``embedding_scale``; stored integers replace the weight as ``kernel_q`` or
-``embedding_q``.
+Leaf names: a float weight is ``kernel`` or ``embedding``; the parts of its grid stand beside it as
+``kernel_scale``, ``kernel_zero`` or, learned and asymmetric, ``kernel_min`` and ``kernel_max``;
+stored integers replace the weight as ``kernel_q``. Likewise ``embedding_...``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdistill.errors import UserError
+from jaxdistill.quant.activations import ActivationSpec, fake_quant_activation
 from jaxdistill.quant.fake_quant import fake_quant
-from jaxdistill.quant.lattice import QuantSpec, dequantize, quantize
-from jaxdistill.quant.ranges import choose_scale
+from jaxdistill.quant.lattice import Grid, QuantSpec, dequantize, fixed_grid, quantize
+from jaxdistill.quant.ranges import choose_grid
 
 Params = dict[str, Any]
+ActivationRules = tuple[tuple[str, ActivationSpec | None], ...]
 AXES = {"kernel": -2, "embedding": -1}
+_GRIDS = (("min", "max"), ("scale", "zero"), ("scale",))
+_BESIDE = re.compile(r"_(q|scale|zero|min|max)$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +35,15 @@ class Policy:
     Attributes:
         rules: pairs ``(regex, QuantSpec | None)`` over paths such as
             ``layers/self_attn/q_proj/kernel``; None, or no match, leaves the weight in float.
+        activations: the like for the input of a decoder layer's linear layers, over paths such as
+            ``layers/self_attn/q_proj``.
     """
 
     rules: tuple[tuple[str, QuantSpec | None], ...]
+    activations: ActivationRules = ()
 
     def __post_init__(self) -> None:
-        for pattern, _ in self.rules:
+        for pattern, _ in (*self.rules, *self.activations):
             try:
                 re.compile(pattern)
             except re.error as e:
@@ -79,16 +85,33 @@ def _map_weights(params: Params, fn: Callable[[str, str, Params], Params], prefi
         if isinstance(child, dict):
             out[name] = _map_weights(child, fn, f"{prefix}{name}/")
             continue
-        stem = name.removesuffix("_q").removesuffix("_scale")
+        stem = _BESIDE.sub("", name)
         if stem not in AXES:
             out[name] = child
-        elif name != f"{stem}_scale":  # the scale goes with its weight
+        elif name in (stem, f"{stem}_q"):  # the grid goes with its weight
             out |= fn(f"{prefix}{stem}", stem, params)
     return out
 
 
+def grid_of(node: Params, stem: str) -> dict[str, Any]:
+    """Return the leaves of a weight's grid, by name and in order; empty for a float weight."""
+    names = ([f"{stem}_{part}" for part in parts] for parts in _GRIDS)
+    return next(({n: node[n] for n in found} for found in names if found[-1] in node), {})
+
+
+def _quantized(policy: Policy, path: str, stem: str, node: Params) -> tuple[QuantSpec | None, Grid]:
+    """Return spec and grid of a weight; the spec is None where it stays in float."""
+    grid = tuple(grid_of(node, stem).values())
+    return (policy.spec(path) if grid else None), grid
+
+
+def grid_leaves(stem: str, grid: Grid, spec: QuantSpec) -> Params:
+    """Name the parts of a training grid as they stand beside the weight ``stem``."""
+    return dict(zip((f"{stem}_{part}" for part in spec.grid_leaves), grid, strict=True))
+
+
 def add_scales(params: Params, policy: Policy) -> Params:
-    """Post-training-quantize: put the float16 scale that the policy asks for beside each weight.
+    """Post-training-quantize: put the grid that the policy asks for beside each weight.
 
     Raises:
         UserError: a weight is NaN or infinite, its scale leaves float16, or groups do not divide.
@@ -100,39 +123,50 @@ def add_scales(params: Params, policy: Policy) -> Params:
             raise UserError(f"{path} holds NaN or infinite weights; give a sound checkpoint")
         if spec is None:
             return {stem: weight}
-        scale = choose_scale(jnp.asarray(weight), spec, AXES[stem], name=path)
-        if not bool(jnp.isfinite(scale).all()):
+        grid = choose_grid(jnp.asarray(weight), spec, AXES[stem], name=path)
+        if not all(bool(jnp.isfinite(part).all()) for part in fixed_grid(grid, spec)):
             raise UserError(f"{path} needs a scale beyond float16; leave it in float by the policy")
-        return {stem: weight, f"{stem}_scale": scale}
+        return {stem: weight} | grid_leaves(stem, grid, spec)
 
     return _map_weights(params, calibrate)
 
 
 def fake_quant_params(policy: Policy) -> Callable[[Params], Params]:
-    """Return the transform ``params -> params`` from masters and scales to lattice values.
+    """Return the transform ``params -> params`` from masters and grids to lattice values.
 
     It is pure, leaf by leaf, and differentiable (straight through), so it may run on the whole
     tree or inside the layer scan.
     """
 
     def forward(path: str, stem: str, node: Params) -> Params:
-        spec, scale = policy.spec(path), node.get(f"{stem}_scale")
-        if spec is None or scale is None:
-            return {stem: node[stem]}
-        return {stem: fake_quant(node[stem], scale, spec, AXES[stem])}
+        spec, grid = _quantized(policy, path, stem, node)
+        return {stem: fake_quant(node[stem], grid, spec, AXES[stem]) if spec else node[stem]}
 
     return lambda params: _map_weights(params, forward)
 
 
+def fake_quant_activations(rules: ActivationRules) -> Callable[[str, Any], Any] | None:
+    """Return ``(path, rows) -> rows`` for ``make_apply``'s ``activation``; None without rules."""
+
+    def forward(path: str, rows: Any) -> Any:
+        spec = next((spec for pattern, spec in rules if re.search(pattern, path)), None)
+        return rows if spec is None else fake_quant_activation(rows, spec)
+
+    return forward if rules else None
+
+
 def quantize_params(params: Params, policy: Policy) -> Params:
-    """Return the stored form: int4 or int8 integers and float16 scales in place of masters."""
+    """Return the stored form: integers and float16 grids in place of masters."""
 
     def store(path: str, stem: str, node: Params) -> Params:
-        spec, scale = policy.spec(path), node.get(f"{stem}_scale")
-        if spec is None or scale is None:
+        spec, grid = _quantized(policy, path, stem, node)
+        if spec is None:
             return {stem: node[stem]}
-        integers = jax.jit(quantize, static_argnums=(2, 3))(node[stem], scale, spec, AXES[stem])
-        return {f"{stem}_q": integers, f"{stem}_scale": scale}
+        integers = jax.jit(quantize, static_argnums=(2, 3))(node[stem], grid, spec, AXES[stem])
+        fixed = fixed_grid(grid, spec)
+        return {f"{stem}_q": integers} | {
+            f"{stem}_{part}": x for part, x in zip(("scale", "zero"), fixed, strict=False)
+        }
 
     return _map_weights(params, store)
 
@@ -143,42 +177,31 @@ def dequantize_params(params: Params) -> Params:
     def load(path: str, stem: str, node: Params) -> Params:
         if f"{stem}_q" not in node:
             return {stem: node[stem]}
-        return {stem: dequantize(node[f"{stem}_q"], node[f"{stem}_scale"], AXES[stem])}
+        grid = tuple(grid_of(node, stem).values())
+        return {stem: dequantize(node[f"{stem}_q"], grid, AXES[stem])}
 
     return _map_weights(params, load)
 
 
 def snap(params: Params, policy: Policy, pattern: str) -> Params:
-    """Move every master weight whose path matches ``pattern`` onto its lattice value."""
+    """Move master weights onto their lattice values: those that ``pattern`` freezes for good.
+
+    A matched weight stays where it is while its learned grid is not matched too: it has no one
+    lattice value then.
+    """
     matcher = re.compile(pattern)
 
     def move(path: str, stem: str, node: Params) -> Params:
-        spec, scale = policy.spec(path), node.get(f"{stem}_scale")
-        if spec is None or scale is None:
+        spec, grid = _quantized(policy, path, stem, node)
+        if spec is None:
             return {stem: node[stem]}
-        moved = matcher.search(path)
-        weight = fake_quant(node[stem], scale, spec, AXES[stem]) if moved else node[stem]
-        return {stem: weight, f"{stem}_scale": scale}
+        leaves = grid_of(node, stem)
+        at_rest = all(
+            x.dtype == jnp.float16 or matcher.search(path.removesuffix(stem) + name)
+            for name, x in leaves.items()
+        )
+        moved = bool(matcher.search(path)) and at_rest
+        weight = fake_quant(node[stem], grid, spec, AXES[stem]) if moved else node[stem]
+        return {stem: weight} | leaves
 
     return _map_weights(params, move)
-
-
-def weight_bytes(params: Params, policy: Policy | None = None) -> int:
-    """Count bytes to serve a model: packed integers, float16 scales, float leaves at 2 bytes.
-
-    Float leaves are counted as bfloat16, the type that models are released in, for teacher and
-    student alike.
-
-    Args:
-        params: float params, or the stored form.
-        policy: the stored form's policy, for its widths; without one int4 counts 4 bits.
-    """
-    total = 0.0
-    for path, leaf in walk(params):
-        weight = path.removesuffix("_q")
-        bits = 16
-        if weight != path:
-            spec = policy.spec(weight) if policy else None
-            bits = spec.bits if spec else (4 if leaf.dtype == jnp.int4 else 8)
-        total += float(np.prod(leaf.shape)) * bits / 8
-    return int(total)

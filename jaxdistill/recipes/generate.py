@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import jax
+import jax.numpy as jnp
 
 from jaxdistill.models import generate as decoding
-from jaxdistill.models.decoder import make_apply
+from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.decoder import Params, make_apply
 from jaxdistill.models.hub import Model, load_model
-from jaxdistill.quant.policy import dequantize_params
+from jaxdistill.quant.policy import ActivationRules, dequantize_params, fake_quant_activations
+
+Weights = Literal["packed", "int8", "float"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,14 +39,39 @@ class Generate:
     """Keep the smallest set of tokens whose probability reaches this."""
     seed: int = 0
     """Of the sampling."""
+    weights: Weights = "packed"
+    """How a quantized model is held: packed (4 bits, unpacked layer by layer for each token, least
+    memory), int8 (faster on a CPU), or float (fastest there, most memory)."""
 
 
-# One function for models of one shape: generation is then compiled once for all of them.
-_apply_of = functools.lru_cache(maxsize=8)(make_apply)
+@functools.lru_cache(maxsize=8)
+def _apply_of(config: ModelConfig, activations: ActivationRules) -> Callable[..., Any]:
+    """Return one function for models of one shape: generation is compiled once for all of them."""
+    return make_apply(
+        config, transform=dequantize_params, activation=fake_quant_activations(activations)
+    )
+
+
+def held(params: Params, weights: Weights) -> Params:
+    """Return the params in the form that they are held in while text is generated."""
+    match weights:
+        case "packed":
+            return params
+        case "int8":
+            wide = {"int4": jnp.int8, "uint4": jnp.uint8}
+            return jax.tree.map(lambda x: x.astype(wide.get(x.dtype.name, x.dtype)), params)
+        case "float":
+            return jax.jit(dequantize_params)(params)
 
 
 def answer(
-    model: Model, prompt: str, how: decoding.Sampling, *, raw: bool = False, seed: int = 0
+    model: Model,
+    prompt: str,
+    how: decoding.Sampling,
+    *,
+    raw: bool = False,
+    seed: int = 0,
+    weights: Weights = "packed",
 ) -> str:
     """Return the model's answer to one prompt."""
     tokenizer = model.text_tokenizer()
@@ -52,13 +82,12 @@ def answer(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
         ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
-    params = jax.jit(dequantize_params)(model.params)
     stop = model.config.eos_token_ids or (
         () if tokenizer.eos_token_id is None else (cast(int, tokenizer.eos_token_id),)
     )
-    new = decoding.generate(
-        _apply_of(model.config), params, model.config, [ids], how=how, stop=stop, seed=seed
-    )
+    apply = _apply_of(model.config, model.activations)
+    params = held(model.params, weights)
+    new = decoding.generate(apply, params, model.config, [ids], how=how, stop=stop, seed=seed)
     return str(tokenizer.decode(new[0], skip_special_tokens=True))
 
 
@@ -67,4 +96,4 @@ def generate(o: Generate) -> str:
     how = decoding.Sampling(
         max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p
     )
-    return answer(load_model(o.model), o.prompt, how, raw=o.raw, seed=o.seed)
+    return answer(load_model(o.model), o.prompt, how, raw=o.raw, seed=o.seed, weights=o.weights)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,34 +18,40 @@ import tyro
 from rich.console import Console
 
 from jaxdistill.errors import UserError
-from jaxdistill.evals.perplexity import make_evaluator, recovered
-from jaxdistill.kd.freeze import freeze, freeze_mask, freeze_patterns
+from jaxdistill.evals.perplexity import make_evaluator
+from jaxdistill.kd.freeze import (
+    FreezeTransformation,
+    freeze,
+    freeze_mask,
+    freeze_patterns,
+    freeze_phases,
+    migrate,
+)
 from jaxdistill.kd.objective import kd_objective
-from jaxdistill.kd.step import adamw, init_state, make_step
+from jaxdistill.kd.step import TrainState, adamw, init_state, make_step
 from jaxdistill.models.decoder import Params, make_apply
 from jaxdistill.models.hub import Model, load_model
-from jaxdistill.models.quantized import is_quantized, save_quantized
+from jaxdistill.models.quantized import save_quantized
+from jaxdistill.quant.activations import ActivationSpec
 from jaxdistill.quant.lattice import QuantSpec, Ranges
+from jaxdistill.quant.measure import weight_bytes
 from jaxdistill.quant.policy import (
     Policy,
     add_scales,
     default_policy,
     dequantize_params,
+    fake_quant_activations,
     fake_quant_params,
     quantize_params,
     snap,
-    walk,
-    weight_bytes,
 )
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows, split_rows
-from jaxdistill.report.plots import plot_training
-from jaxdistill.report.table import markdown_table, result_table
+from jaxdistill.recipes.run_report import Results, check_student, report_run
+from jaxdistill.train.checkpoint import last_checkpoint
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.loop import train
 from jaxdistill.train.packing import batches, fingerprint
-from jaxdistill.train.run_directory import RunDirectory, read_metrics, write_json
-
-Results = dict[str, dict[str, float | int]]
+from jaxdistill.train.run_directory import RunDirectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +69,26 @@ class Quantize:
     group_size: Literal["channel"] | int = "channel"
     """Weights that share a scale: all of an output channel, or this many (32, 64, 128)."""
     ranges: Ranges = "mse"
-    """How a scale is chosen: the largest weight, or the least error (p = 2.4, as in GPTQ)."""
+    """How a range is chosen: all weights, most of them (--percentile), or the least error."""
+    range_norm: float = 2.4
+    """Exponent of the error that mse makes least: 2 is the mean square, 2.4 GPTQ's."""
+    percentile: float = 99.9
+    """Percent of the weights that percentile leaves unclipped."""
+    asymmetric: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Give every range a zero point of its own."""
+    learn_ranges: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train the ranges too: LSQ, or with --asymmetric minimum and maximum."""
+    activation_bits: Literal["none", "8", "16"] = "none"
+    """Bits of the linear layers' inputs, none for float."""
+    activation_scale: Literal["token", "tensor"] = "token"
+    """What shares the scale of quantized activations."""
     freeze: str = "ov"
-    """Snapped and left untrained: ov (v_proj and o_proj), none, or a regex over parameter paths."""
+    """Left untrained, and snapped onto its lattice: ov (v_proj and o_proj), none, or a regex over
+    parameter paths; weights trains learned ranges alone."""
+    freeze_start: int = 0
+    """Step at which the freeze begins."""
+    freeze_stop: int = 0
+    """Step at which what was frozen is released; 0 for never."""
     steps: int = 200
     """Optimizer updates; 0 for post-training quantization alone."""
     batch_size: int = 8
@@ -115,6 +138,8 @@ class Quantize:
             "eval_every": 0,
             "checkpoint_every": -1,
             "seed": 0,
+            "freeze_start": 0,
+            "freeze_stop": 0,
         }
         for name, least in least_of.items():
             given = getattr(self, name)
@@ -136,16 +161,21 @@ class Quantize:
 
 def policy_of(o: Quantize, model: Model) -> Policy:
     """Return the policy that the options ask for on this model."""
-    group = None if o.group_size == "channel" else int(o.group_size)
-    spec = QuantSpec(bits=o.bits, group_size=group, ranges=o.ranges)
+    spec = QuantSpec(
+        bits=o.bits,
+        group_size=None if o.group_size == "channel" else int(o.group_size),
+        ranges=o.ranges,
+        symmetric=not o.asymmetric,
+        learned=o.learn_ranges,
+        norm=o.range_norm,
+        percentile=o.percentile,
+    )
     head_group = 32 if model.config.hidden_size % 32 == 0 else None
-    return default_policy(spec, tied=model.config.tie_embeddings, head_group_size=head_group)
-
-
-def specs_of(params: Params, policy: Policy) -> dict[str, Any]:
-    """List the quantized weights for ``quantization.json``."""
-    specs = {path: policy.spec(path) for path, _ in walk(params)}
-    return {path: dataclasses.asdict(spec) for path, spec in specs.items() if spec is not None}
+    policy = default_policy(spec, tied=model.config.tie_embeddings, head_group_size=head_group)
+    if o.activation_bits == "none":
+        return policy
+    seen = ActivationSpec(bits=int(o.activation_bits), scale_per=o.activation_scale)
+    return dataclasses.replace(policy, activations=((r"^layers/", seen),))
 
 
 def quantize(
@@ -184,17 +214,22 @@ def quantize(
     held = eval_batches_of(held_out, o.batch_size, o.eval_tokens)
     data = batches(packed, batch_size=o.batch_size, seed=o.seed)
 
-    # PTQ: scales beside the masters; what is to be frozen moves onto its lattice values.
+    # PTQ: ranges beside the masters.
     student = add_scales(teacher.params, policy)
-    freeze_mask(student, patterns)
+    phases = freeze_phases(patterns, o.steps, o.freeze_start, o.freeze_stop) if o.steps else []
+    if all(jax.tree.leaves(freeze_mask(student, patterns))):
+        raise UserError(
+            f"--freeze {o.freeze} leaves nothing to train; give fewer patterns, or --learn-ranges"
+        )
     run = RunDirectory(o.out, _identity(o), resume=o.resume)
     stored = quantize_params(student, policy)
-    for pattern in patterns:
-        student = snap(student, policy, pattern)
 
     # Evaluation reads the stored integers, the very ones that are saved and exported.
+    activation = fake_quant_activations(policy.activations)
     float_apply = make_apply(teacher.config, dtype=dtype)
-    int_apply = make_apply(teacher.config, transform=dequantize_params, dtype=dtype)
+    int_apply = make_apply(
+        teacher.config, transform=dequantize_params, activation=activation, dtype=dtype
+    )
     beside = make_evaluator(kd_objective(int_apply, float_apply, chunk=o.chunk))
 
     def judge(params: Params, on: list[Any]) -> dict[str, float | int]:
@@ -213,7 +248,11 @@ def quantize(
     # Training: any objective, any transform, any freeze; here KL, fake quantization and ov-freeze.
     if o.steps:
         fake_apply = make_apply(
-            teacher.config, transform=fake_quant_params(policy), dtype=dtype, remat=o.remat
+            teacher.config,
+            transform=fake_quant_params(policy),
+            activation=activation,
+            dtype=dtype,
+            remat=o.remat,
         )
         objective = kd_objective(
             fake_apply,
@@ -222,101 +261,69 @@ def quantize(
             ce_weight=o.ce_weight,
             chunk=o.chunk,
         )
-        tx = freeze(adamw(o.lr, o.steps, weight_decay=o.weight_decay), patterns)
+        optimizer = adamw(o.lr, o.steps, weight_decay=o.weight_decay)
         probe = held[: max(1, 2048 // (o.batch_size * o.seq_len))]
         quarter = max(1, o.steps // 4)
-        state = train(
-            make_step(objective, tx, accumulate=o.accumulate),
-            init_state(student, tx),
-            teacher.params,
-            data,
-            steps=o.steps,
-            run=run,
-            fingerprint=fingerprint(packed),
-            resume=o.resume,
-            checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
-            keep=o.keep,
-            evaluate=lambda params: judge(quantize_params(params, policy), probe),
-            evaluate_every=o.eval_every or quarter,
-            console=console,
-        )
+        resumed = last_checkpoint(run.checkpoints) if o.resume else None
+        state = None
+        for phase in phases:
+            if phase.stop < (resumed or 0):
+                continue
+            tx = freeze(optimizer, phase.patterns)
+            state = enter_phase(state, student, tx, phase.patterns, policy)
+            state = train(
+                make_step(objective, tx, accumulate=o.accumulate),
+                state,
+                teacher.params,
+                data,
+                steps=phase.stop,
+                run=run,
+                fingerprint=fingerprint(packed),
+                resume=o.resume and (phase.start == 0 or (resumed or 0) > phase.start),
+                checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
+                keep=o.keep,
+                evaluate=lambda params: judge(quantize_params(params, policy), probe),
+                evaluate_every=o.eval_every or quarter,
+                console=console,
+            )
+        assert state is not None  # a run of one step or more has a phase
         stored = quantize_params(state.params, policy)
         with console.status("evaluating the student"):
             results["student"] = judge(stored, held)
         check_student(results["student"], o.lr)
     else:
         results["student"] = results["ptq"]
-    specs = specs_of(student, policy)
-    save_quantized(run.student, teacher.config, stored, teacher.tokenizer, specs)
-    _report(run, results, console)
+    save_quantized(run.student, teacher.config, stored, teacher.tokenizer, policy)
+    report_run(run, results, console)
     return results
+
+
+def enter_phase(
+    state: TrainState | None,
+    student: Params,
+    tx: FreezeTransformation,
+    patterns: Sequence[str],
+    policy: Policy,
+) -> TrainState:
+    """Return the state that a phase starts from: what it freezes snapped, the optimizer carried on.
+
+    Args:
+        state: the last phase's state; None at the start of a run.
+        student: the post-training-quantized params that a run starts from.
+        tx: the phase's optimizer.
+        patterns: what the phase freezes.
+        policy: the params'.
+    """
+    params = student if state is None else state.params
+    for pattern in patterns:
+        params = snap(params, policy, pattern)
+    if state is None:
+        return init_state(params, tx)
+    opt_state = migrate(state.opt_state, tx, params)
+    return TrainState(step=state.step, params=params, opt_state=opt_state)
 
 
 def _identity(o: Quantize) -> dict[str, Any]:
     """Return the options that make a run what it is; a resumed run must have the same."""
     said = dataclasses.asdict(o)
     return {k: v for k, v in said.items() if k not in ("out", "keep", "resume", "json")}
-
-
-def check_student(result: Mapping[str, float | int], lr: float) -> None:
-    """Raise ``UserError`` where the last update left a student that is not finite."""
-    if not math.isfinite(result["nll"]):
-        raise UserError(
-            f"the student's held-out NLL is {result['nll']} at --lr {lr}; it was not stored; lower "
-            "--lr, then start again in another --out"
-        )
-
-
-def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:
-    """Say what the user should hear of the results: no training needed, or training that hurt."""
-    teacher, ptq, student = (results[k] for k in ("teacher", "ptq", "student"))
-    said = []
-    if ptq["perplexity"] <= 1.01 * teacher["perplexity"]:
-        said.append("PTQ alone is within 1 % of the teacher's perplexity: no training needed")
-    if student["kl"] > ptq["kl"]:
-        said.append(
-            f"held-out KL ended at {student['kl']:.4f}, above PTQ's {ptq['kl']:.4f}: lower --lr, "
-            "give more or closer data"
-        )
-    return said
-
-
-def _report(run: RunDirectory, results: Results, console: Console) -> None:
-    """Write ``results.json``, the plots and the run's README; show the table."""
-    write_json(run.path / "results.json", results)
-    rows = read_metrics(run.path)
-    if rows:
-        plot_training(run.path / "plots", {"student": rows}, results)
-    gap = recovered(results["ptq"]["kl"], results["student"]["kl"])
-    warnings = warnings_of(results)
-    lines = [
-        "# A jaxdistill run: 4-bit KD-QAT\n",
-        markdown_table(results),
-        f"Share of PTQ's KL to the teacher recovered: {gap:.1%}.\n",
-        *(f"Warning: {w}.\n" for w in warnings),
-        "| file | what it is |\n| --- | --- |\n"
-        "| config.json | every option, and the versions it ran on |\n"
-        "| metrics.jsonl, tensorboard/ | every step's loss, KL, agreement, speed |\n"
-        "| plots/ | loss, KL and recovered gap |\n"
-        "| checkpoints/ | training states, for `--resume` |\n"
-        "| student/ | the quantized model: integers, scales, tokenizer |\n"
-        "| results.json | the table above |\n",
-        "Use it: `jaxdistill generate --model DIR --prompt ...`, `jaxdistill evaluate --model DIR "
-        "--data ...`, `jaxdistill export --run DIR --format gguf --out model.gguf`.\n",
-    ]
-    (run.path / "README.md").write_text("\n".join(lines))
-    run.close()
-    console.print(result_table(results))
-    for warning in warnings:
-        console.print(f"[yellow]warning: {warning}")
-
-
-def finished_student(run: Path) -> Path:
-    """Return a run's student directory; raise ``UserError`` where the run has none."""
-    student = run / "student"
-    if not is_quantized(student):
-        raise UserError(
-            f"{run} holds no finished student; give the --out of a finished `jaxdistill quantize`, "
-            "or finish it with --resume"
-        )
-    return student

@@ -80,6 +80,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         return state
 
 
+def last_checkpoint(directory: Path) -> int | None:
+    """Return the step of a run's last whole checkpoint, None where there is none."""
+    with Checkpoints(directory) as checkpoints:
+        return checkpoints.latest
+
+
 def _shapes(tree: Any) -> list[str]:
     """Return every leaf's shape and type, in no order of the tree's own."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape"))

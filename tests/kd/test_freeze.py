@@ -7,7 +7,15 @@ import optax
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.kd.freeze import OV_PATTERN, freeze, freeze_mask, ov_freeze
+from jaxdistill.kd.freeze import (
+    OV_PATTERN,
+    WEIGHTS_PATTERN,
+    freeze,
+    freeze_mask,
+    freeze_phases,
+    migrate,
+    ov_freeze,
+)
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.models.decoder import make_apply
@@ -120,3 +128,86 @@ def test_pattern_that_matches_nothing_is_named(setting):
     assert str(e.value).startswith("freeze pattern 'vproj' matches no parameter; paths look like ")
     with pytest.raises(UserError, match="is not a list of regular expressions"):
         freeze_mask(setting[1], ["("])
+
+
+def test_a_window_is_cut_into_phases():
+    ov = [OV_PATTERN]
+    assert freeze_phases(ov, 10) == [(0, 10, ov)]
+    assert freeze_phases([], 10) == [(0, 10, [])]
+    assert freeze_phases(ov, 10, 0, 4) == [(0, 4, ov), (4, 10, [])]
+    assert freeze_phases(ov, 10, 3, 7) == [(0, 3, []), (3, 7, ov), (7, 10, [])]
+    for start, stop in ((5, 3), (0, 11), (10, 0), (-1, 4)):
+        with pytest.raises(UserError, match="accepted: 0 <= start < stop <= steps"):
+            freeze_phases(ov, 10, start, stop)
+
+
+def test_release_keeps_the_moments_and_counts_of_what_trained(setting):
+    frozen, free = ov_freeze(TX), freeze(TX)
+    state, _ = run(setting, frozen)
+    before = dict(jax.tree_util.tree_leaves_with_path(state.opt_state))
+    migrated = migrate(state.opt_state, free, state.params)
+    fresh = jax.tree.structure(free.init(state.params))
+    assert jax.tree.structure(migrated) == fresh
+    new = 0
+    for place, leaf in jax.tree_util.tree_leaves_with_path(migrated):
+        if place in before:
+            np.testing.assert_array_equal(leaf, before[place])
+        else:
+            new += 1
+            assert "v_proj" in str(place) or "o_proj" in str(place)
+            np.testing.assert_array_equal(leaf, 0)
+    assert new == 4  # two moments of two kernels
+    # And back: what is frozen again loses its moments, the rest is untouched.
+    back = migrate(migrated, frozen, state.params)
+    assert jax.tree.structure(back) == jax.tree.structure(state.opt_state)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state.opt_state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_released_kernels_train_on(setting):
+    teacher, _, objective = setting
+    state, _ = run(setting, ov_freeze(TX))
+    before = np.asarray(state.params["layers"]["self_attn"]["v_proj"]["kernel"])
+    tx = freeze(TX)
+    state = state.replace(opt_state=migrate(state.opt_state, tx, state.params))
+    state, _ = make_step(objective, tx)(state, teacher, tiny.batch(C, seed=9))
+    assert (
+        np.asarray(state.params["layers"]["self_attn"]["v_proj"]["kernel"]) != before
+    ).mean() > 0.5
+    assert int(state.step) == 5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scale_only_training_moves_learned_ranges_alone(symmetric):
+    policy = default_policy(QuantSpec(group_size=32, symmetric=symmetric, learned=True), tied=True)
+    teacher = tiny.params(C)
+    student = add_scales(teacher, policy)
+    snapped = snap(student, policy, WEIGHTS_PATTERN)["layers"]  # no weight here has one value yet
+    for (path, a), (_, b) in zip(walk(student["layers"]), walk(snapped), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+    objective = kd_objective(make_apply(C, transform=fake_quant_params(policy)), make_apply(C))
+    tx = freeze(adamw(3e-3, 30), [WEIGHTS_PATTERN])
+    step, state = make_step(objective, tx), init_state(student, tx)
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, teacher, tiny.batch(C))
+        losses.append(float(metrics["kl"][0] / metrics["kl"][1]))
+    before, after = dict(walk(student)), dict(walk(state.params))
+    moved = {p for p in before if not np.array_equal(before[p], after[p])}
+    parts = ("scale",) if symmetric else ("min", "max")
+    layers = [p for p in before if p.startswith("layers/") and p.endswith("/kernel")]
+    assert moved == {f"{path}_{part}" for path in layers for part in parts}
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_ov_freeze_holds_learned_ranges_of_frozen_kernels_too():
+    policy = default_policy(QuantSpec(group_size=32, learned=True), tied=True)
+    student = add_scales(tiny.params(C), policy)
+    mask = dict(walk(freeze_mask(student, [OV_PATTERN])))
+    assert {p for p, f in mask.items() if f} == {
+        "embed_tokens/embedding_scale",  # the head's range is fixed
+        *(f"layers/self_attn/{x}_proj/kernel{part}" for x in "vo" for part in ("", "_scale")),
+    }
+    snapped = snap(student, policy, OV_PATTERN)
+    value = fake_quant_params(policy)(student)["layers"]["self_attn"]["v_proj"]["kernel"]
+    np.testing.assert_array_equal(snapped["layers"]["self_attn"]["v_proj"]["kernel"], value)

@@ -26,6 +26,6 @@ def test_integers_and_values_equal_qwix(group, bits):
     theirs = qarray.quantize_with_scale_zero_point(w, how.qtype, scale.astype(jnp.float32), None)
     spec = QuantSpec(bits=bits, group_size=group)
     np.testing.assert_array_equal(
-        quantize(w, scale, spec).astype(jnp.int32), theirs.qvalue.astype(jnp.int32)
+        quantize(w, (scale,), spec).astype(jnp.int32), theirs.qvalue.astype(jnp.int32)
     )
-    np.testing.assert_array_equal(fake_quant(w, scale, spec), qarray.dequantize(theirs))
+    np.testing.assert_array_equal(fake_quant(w, (scale,), spec), qarray.dequantize(theirs))

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.errors import UserError
 from jaxdistill.quant.lattice import QuantSpec, dequantize, quantize
-from jaxdistill.quant.ranges import absmax_scale, choose_scale, mse_scale
+from jaxdistill.quant.ranges import choose_grid
 
 
 def reference(w, scale, group, qmin, qmax):
@@ -25,22 +25,22 @@ def reference(w, scale, group, qmin, qmax):
 def test_quantize_and_dequantize_agree_with_plain_numpy(bits, group):
     w = np.random.default_rng(bits).normal(size=(64, 5)).astype(np.float32)
     spec = QuantSpec(bits=bits, group_size=group, ranges="absmax")
-    scale = absmax_scale(jnp.asarray(w), spec)
-    q = quantize(jnp.asarray(w), scale, spec)
-    assert scale.dtype == jnp.float16 and scale.shape == (64 // (group or 64), 5)
+    grid = choose_grid(jnp.asarray(w), spec)
+    q = quantize(jnp.asarray(w), grid, spec)
+    assert grid[0].dtype == jnp.float16 and grid[0].shape == (64 // (group or 64), 5)
     assert q.dtype == (jnp.int4 if bits <= 4 else jnp.int8)
-    want = reference(w, np.asarray(scale), group or 64, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    np.testing.assert_array_equal(np.asarray(dequantize(q, scale), np.float64), want)
+    want = reference(w, np.asarray(grid[0]), group or 64, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    np.testing.assert_array_equal(np.asarray(dequantize(q, grid), np.float64), want)
 
 
 def test_embedding_axis_is_the_transposed_kernel():
     w = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
     spec = QuantSpec(bits=8, group_size=32, ranges="mse")
-    kernel_scale = choose_scale(jnp.asarray(w), spec, -2)
-    table_scale = choose_scale(jnp.asarray(w.T), spec, -1)
-    np.testing.assert_array_equal(kernel_scale.T, table_scale)
-    kernel = quantize(jnp.asarray(w), kernel_scale, spec, -2)
-    table = quantize(jnp.asarray(w.T), table_scale, spec, -1)
+    kernel_grid = choose_grid(jnp.asarray(w), spec, -2)
+    table_grid = choose_grid(jnp.asarray(w.T), spec, -1)
+    np.testing.assert_array_equal(kernel_grid[0].T, table_grid[0])
+    kernel = quantize(jnp.asarray(w), kernel_grid, spec, -2)
+    table = quantize(jnp.asarray(w.T), table_grid, spec, -1)
     np.testing.assert_array_equal(kernel.T, table)
 
 
@@ -62,8 +62,8 @@ def test_relative_error_is_the_known_one(distribution, group, absmax, mse):
     found = []
     for ranges in ("absmax", "mse"):
         spec = QuantSpec(group_size=group, ranges=ranges)
-        scale = choose_scale(w, spec)
-        off = dequantize(quantize(w, scale, spec), scale) - w
+        grid = choose_grid(w, spec)
+        off = dequantize(quantize(w, grid, spec), grid) - w
         found.append(float(jnp.linalg.norm(off) / jnp.linalg.norm(w)))
     # Of heavy tails over 2048 inputs the largest, and with it the error, varies by the draw.
     tolerance = 0.03 if distribution == "t5" and group is None else 0.004
@@ -77,40 +77,40 @@ def test_mse_is_never_worse_than_absmax_and_finds_a_known_optimum():
     errors = {}
     for ranges in ("absmax", "mse"):
         spec = QuantSpec(group_size=32, ranges=ranges)
-        scale = choose_scale(w, spec)
-        off = (dequantize(quantize(w, scale, spec), scale) - w).reshape(3, 2, 32, 8)
+        grid = choose_grid(w, spec)
+        off = (dequantize(quantize(w, grid, spec), grid) - w).reshape(3, 2, 32, 8)
         errors[ranges] = np.asarray(jnp.sum(jnp.abs(off) ** 2.4, axis=2))
     assert (errors["mse"] <= errors["absmax"]).all()
     assert (errors["mse"] < errors["absmax"]).mean() > 0.9
     # Weights on a lattice of scale 0.5 that use -8 but not 7 are found again exactly.
     lattice = jnp.asarray(rng.integers(-8, 7, (64, 4)), jnp.float32).at[0].set(-8.0) * 0.5
     spec = QuantSpec()
-    scale = mse_scale(lattice, spec)
-    off = np.abs(np.asarray(dequantize(quantize(lattice, scale, spec), scale) - lattice))
+    grid = choose_grid(lattice, spec)
+    off = np.abs(np.asarray(dequantize(quantize(lattice, grid, spec), grid) - lattice))
     assert off.max() < 0.05
 
 
 def test_snapped_weights_are_a_fixed_point():
     w = jax.random.normal(jax.random.key(0), (128, 32))
     spec = QuantSpec(group_size=32)
-    scale = choose_scale(w, spec)
-    once = dequantize(quantize(w, scale, spec), scale)
-    again = quantize(once, scale, spec)
-    np.testing.assert_array_equal(again, quantize(w, scale, spec))
-    np.testing.assert_array_equal(dequantize(again, scale), once)
+    grid = choose_grid(w, spec)
+    once = dequantize(quantize(w, grid, spec), grid)
+    again = quantize(once, grid, spec)
+    np.testing.assert_array_equal(again, quantize(w, grid, spec))
+    np.testing.assert_array_equal(dequantize(again, grid), once)
 
 
 def test_zero_and_tiny_groups_have_a_usable_scale():
     w = jnp.zeros((32, 3)).at[:, 1].set(1e-9)
-    scale = absmax_scale(w, QuantSpec())
-    assert (np.asarray(scale) > 0).all()
-    q = quantize(w, scale, QuantSpec())
+    grid = choose_grid(w, QuantSpec(ranges="absmax"))
+    assert (np.asarray(grid[0]) > 0).all()
+    q = quantize(w, grid, QuantSpec())
     assert (np.asarray(q.astype(jnp.int32)) == 0).all()
 
 
 def test_group_that_does_not_divide_is_named():
     with pytest.raises(UserError) as e:
-        choose_scale(jnp.ones((96, 4)), QuantSpec(group_size=64), name="layers/mlp/up_proj/kernel")
+        choose_grid(jnp.ones((96, 4)), QuantSpec(group_size=64), name="layers/mlp/up_proj/kernel")
     assert str(e.value) == (
         "group size 64 does not divide the 96 inputs of layers/mlp/up_proj/kernel; choose a "
         "divisor of 96, or channel"

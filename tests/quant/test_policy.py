@@ -9,6 +9,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.kd.freeze import OV_PATTERN
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.quant.lattice import QuantSpec
+from jaxdistill.quant.measure import weight_bytes
 from jaxdistill.quant.policy import (
     Policy,
     add_scales,
@@ -18,7 +19,6 @@ from jaxdistill.quant.policy import (
     quantize_params,
     snap,
     walk,
-    weight_bytes,
 )
 from tests import tiny
 

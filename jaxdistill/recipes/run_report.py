@@ -1,0 +1,82 @@
+"""What a quantization run says of itself when it is done: results, warnings, README, pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxdistill.errors import UserError
+from jaxdistill.evals.perplexity import recovered
+from jaxdistill.models.quantized import is_quantized
+from jaxdistill.report.plots import plot_training
+from jaxdistill.report.table import markdown_table, result_table
+from jaxdistill.train.run_directory import RunDirectory, read_metrics, write_json
+
+Results = dict[str, dict[str, float | int]]
+
+
+def check_student(result: Mapping[str, float | int], lr: float) -> None:
+    """Raise ``UserError`` where the last update left a student that is not finite."""
+    if not math.isfinite(result["nll"]):
+        raise UserError(
+            f"the student's held-out NLL is {result['nll']} at --lr {lr}; it was not stored; lower "
+            "--lr, then start again in another --out"
+        )
+
+
+def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:
+    """Say what the user should hear of the results: no training needed, or training that hurt."""
+    teacher, ptq, student = (results[k] for k in ("teacher", "ptq", "student"))
+    said = []
+    if ptq["perplexity"] <= 1.01 * teacher["perplexity"]:
+        said.append("PTQ alone is within 1 % of the teacher's perplexity: no training needed")
+    if student["kl"] > ptq["kl"]:
+        said.append(
+            f"held-out KL ended at {student['kl']:.4f}, above PTQ's {ptq['kl']:.4f}: lower --lr, "
+            "give more or closer data"
+        )
+    return said
+
+
+def report_run(run: RunDirectory, results: Results, console: Console) -> None:
+    """Write ``results.json``, the plots and the run's README; show the table."""
+    write_json(run.path / "results.json", results)
+    rows = read_metrics(run.path)
+    if rows:
+        plot_training(run.path / "plots", {"student": rows}, results)
+    gap = recovered(results["ptq"]["kl"], results["student"]["kl"])
+    warnings = warnings_of(results)
+    lines = [
+        "# A jaxdistill run: 4-bit KD-QAT\n",
+        markdown_table(results),
+        f"Share of PTQ's KL to the teacher recovered: {gap:.1%}.\n",
+        *(f"Warning: {w}.\n" for w in warnings),
+        "| file | what it is |\n| --- | --- |\n"
+        "| config.json | every option, and the versions it ran on |\n"
+        "| metrics.jsonl, tensorboard/ | every step's loss, KL, agreement, speed |\n"
+        "| plots/ | loss, KL and recovered gap |\n"
+        "| checkpoints/ | training states, for `--resume` |\n"
+        "| student/ | the quantized model: integers, scales, tokenizer |\n"
+        "| results.json | the table above |\n",
+        "Use it: `jaxdistill generate --model DIR --prompt ...`, `jaxdistill evaluate --model DIR "
+        "--data ...`, `jaxdistill export --run DIR --format gguf --out model.gguf`.\n",
+    ]
+    (run.path / "README.md").write_text("\n".join(lines))
+    run.close()
+    console.print(result_table(results))
+    for warning in warnings:
+        console.print(f"[yellow]warning: {warning}")
+
+
+def finished_student(run: Path) -> Path:
+    """Return a run's student directory; raise ``UserError`` where the run has none."""
+    student = run / "student"
+    if not is_quantized(student):
+        raise UserError(
+            f"{run} holds no finished student; give the --out of a finished `jaxdistill quantize`, "
+            "or finish it with --resume"
+        )
+    return student
