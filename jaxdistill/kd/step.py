@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from jaxdistill.kd.freeze import combine, freeze_mask, partition, zeros_for_frozen
 from jaxdistill.kd.objective import Batch, Metrics, Objective
@@ -31,7 +32,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 
 def adamw(
-    learning_rate: float,
+    learning_rate: float | int | Array,
     steps: int,
     *,
     warmup: float = 0.05,
@@ -42,7 +43,7 @@ def adamw(
     """Build AdamW behind global-norm clipping, with linear warm-up and cosine decay.
 
     Args:
-        learning_rate: the peak.
+        learning_rate: the peak; may be traced, so that runs of many rates can be one ``vmap``.
         steps: updates in all.
         warmup: share of the steps that rise linearly to the peak.
         final: the last rate, as a share of the peak.
@@ -50,9 +51,7 @@ def adamw(
         clip_norm: largest global norm of the gradient.
     """
     rise = max(1, round(warmup * steps))
-    schedule = optax.warmup_cosine_decay_schedule(
-        learning_rate / rise, learning_rate, rise, max(steps, rise + 1), final * learning_rate
-    )
+    shape = optax.warmup_cosine_decay_schedule(1 / rise, 1.0, rise, max(steps, rise + 1), final)
 
     def decayed(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
@@ -61,7 +60,7 @@ def adamw(
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b2=0.95, weight_decay=weight_decay, mask=decayed),
+        optax.adamw(lambda count: learning_rate * shape(count), b2=0.95, weight_decay=weight_decay, mask=decayed),
     )
 
 
