@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from jaxtyping import Float16, Int8, UInt8
 
 from jaxdistill.errors import UserError
-from jaxdistill.export.gguf_metadata import add_model, add_tokenizer
+from jaxdistill.export.gguf_metadata import add_about, add_model, add_tokenizer
+from jaxdistill.export.leaves import flat_leaves, group_count, take, take_float, take_half
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.gguf_layout import (
     KERNELS,
@@ -58,6 +59,8 @@ def write_gguf(
     tokenizer: Tokenizer | None,
     *,
     name: str = "jaxdistill",
+    description: str | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Write quantized parameters, configuration and tokenizer as one GGUF file.
 
@@ -72,6 +75,8 @@ def write_gguf(
         params: nested dict, layers stacked on axis 0, kernels ``[in, out]``.
         tokenizer: the model's tokenizer; GGUF files carry their own.
         name: what the file calls the model (``general.name``).
+        description: what the model is and how it was measured (``general.description``).
+        base_model: the hub name of the model it was made from (``general.base_model.0``).
 
     Raises:
         UserError: if a leaf is missing, unexpected, of another shape or bit width, if a group of
@@ -88,6 +93,7 @@ def write_gguf(
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(partial, arch)
     add_model(writer, config, name, _file_type(tensors))
+    add_about(writer, description, base_model)
     add_tokenizer(writer, config, tokenizer)
     for t in tensors:
         _declare(writer, t)
@@ -137,7 +143,7 @@ def _scale_bytes(d: Float16[np.ndarray, "rows blocks"]) -> UInt8[np.ndarray, "ro
 
 def _plan(config: ModelConfig, arch: str, params: Mapping[str, Any]) -> list[_Tensor]:
     """Return the tensors to write; every leaf is checked, and none is left over."""
-    leaves = dict(_leaves(params))
+    leaves = flat_leaves(params)
     count = config.num_layers
     table = (config.vocab_size, config.hidden_size)
     plan = _matrix(leaves, "embed_tokens", "embedding", ["token_embd"], table, None)
@@ -173,34 +179,6 @@ def _plan(config: ModelConfig, arch: str, params: Mapping[str, Any]) -> list[_Te
     return plan
 
 
-def _leaves(node: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path, array) of every leaf, as numpy arrays on the host."""
-    for key, value in node.items():
-        path = f"{at}/{key}" if at else str(key)
-        if isinstance(value, Mapping):
-            yield from _leaves(value, path)
-        else:
-            yield path, np.asarray(value)
-
-
-def _take(leaves: dict[str, np.ndarray], path: str, shape: tuple[int, ...]) -> np.ndarray:
-    if path not in leaves:
-        raise UserError(f"parameter {path!r} is missing; give all parameters of the model")
-    leaf = leaves.pop(path)
-    if leaf.shape != shape:
-        raise UserError(f"parameter {path!r} has shape {leaf.shape}; accepted: {shape}")
-    return leaf
-
-
-def _float(path: str, x: np.ndarray) -> np.ndarray:
-    if x.dtype.name not in ("float32", "float16", "bfloat16"):
-        raise UserError(
-            f"parameter {path!r} has type {x.dtype.name}; accepted: float32, float16, bfloat16, or "
-            "a quantized kernel of 4 or 8 bits"
-        )
-    return x
-
-
 def _f32(x: np.ndarray, heads: int | None) -> np.ndarray:
     x = np.ascontiguousarray(x, dtype=np.float32)
     return x if heads is None else np.ascontiguousarray(permute_rows(x, heads))
@@ -211,7 +189,7 @@ def _vector(
 ) -> list[_Tensor]:
     """Return a norm's weights or a projection's biases, one tensor per name."""
     stacked = path.startswith("layers/")
-    x = _float(path, _take(leaves, path, (len(names), size) if stacked else (size,)))
+    x = take_float(leaves, path, (len(names), size) if stacked else (size,))
     x = x if stacked else x[None]
     return [
         _Tensor(
@@ -239,12 +217,7 @@ def _matrix(
     lead = (len(names),) if path.startswith("layers/") else ()
     node, held = f"{path}/{leaf}", (*lead, *((wide, rows) if turn else shape))
     if f"{node}_q" not in leaves:
-        if f"{node}_scale" in leaves:
-            raise UserError(
-                f"parameter {node!r} is in its training form (a float kernel beside its scale); "
-                "freeze it to its lattice first"
-            )
-        x = _float(node, _take(leaves, node, held)).reshape(len(names), *held[-2:])
+        x = take_float(leaves, node, held).reshape(len(names), *held[-2:])
         x = x.swapaxes(1, 2) if turn else x
         return [
             _Tensor(
@@ -255,15 +228,16 @@ def _matrix(
             )
             for i, n in enumerate(names)
         ]
-    q = _take(leaves, f"{node}_q", held)
+    q = take(leaves, f"{node}_q", held)
     kinds = {
         "int4": (GGMLQuantizationType.Q4_0, q4_0_blocks),
         "int8": (GGMLQuantizationType.Q8_0, q8_0_blocks),
     }
     if q.dtype.name not in kinds:
+        why = " (Q4_1's float16 offset cannot hold z * s)" if q.dtype.name[0] == "u" else ""
         raise UserError(
             f"parameter {node + '_q'!r} has type {q.dtype.name}; accepted in GGUF: int4 (Q4_0) and "
-            "int8 (Q8_0); quantize it symmetrically to 4 or 8 bits"
+            f"int8 (Q8_0){why}; quantize it symmetrically, or export to compressed-tensors or mlx"
         )
     kind, pack = kinds[q.dtype.name]
     d = _scales(leaves, f"{node}_scale", lead, shape, turn)
@@ -290,13 +264,8 @@ def _scales(
 ) -> Float16[np.ndarray, "layers rows groups"]:
     """Return a quantized node's scales, rows first; blocks of 32 must be able to hold them."""
     rows, wide = shape
-    if path not in leaves:
-        raise UserError(
-            f"parameter {path!r} is missing beside its integers; quantize the model again"
-        )
-    scale = leaves[path]
-    groups = scale.shape[-2 if turn else -1] if scale.ndim == len(lead) + 2 else 1
-    scale = _take(leaves, path, (*lead, *((groups, rows) if turn else (rows, groups))))
+    groups = group_count(leaves, path, len(lead) + 2, -2 if turn else -1)
+    scale = take_half(leaves, path, (*lead, *((groups, rows) if turn else (rows, groups))))
     if wide % BLOCK:
         raise UserError(
             f"{path!r}: {wide} inputs do not divide into GGUF blocks of {BLOCK}; keep this weight "
@@ -308,14 +277,8 @@ def _scales(
             f"{path!r}: groups of {size} inputs do not fit GGUF blocks; accepted: a multiple of "
             f"{BLOCK} that divides {wide}, or one scale per channel"
         )
-    half = scale.astype(np.float16)
-    if not np.array_equal(half.astype(np.float32), scale.astype(np.float32)):
-        raise UserError(
-            f"{path!r}: scales of type {scale.dtype.name} are not float16 values; store float16 "
-            "scales, so that the file holds the trained lattice"
-        )
-    half = half.reshape(-1, *scale.shape[-2:])
-    return half.swapaxes(1, 2) if turn else half
+    scale = scale.reshape(-1, *scale.shape[-2:])
+    return scale.swapaxes(1, 2) if turn else scale
 
 
 def _declare(writer: gguf.GGUFWriter, t: _Tensor) -> None:

@@ -48,6 +48,18 @@ def add_model(
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
 
 
+def add_about(writer: gguf.GGUFWriter, description: str | None, base_model: str | None) -> None:
+    """Add what a model card would say, for a GGUF file has no README.md."""
+    if description is not None:
+        writer.add_description(description)
+    if base_model is not None:
+        organization, name = base_model.split("/", 1)
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        writer.add_base_model_organization(0, organization)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base_model}")
+
+
 def add_tokenizer(writer: gguf.GGUFWriter, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Add the vocabulary, one entry per embedding row, and everything that goes with it."""
     spec = tokenizer_spec(tokenizer)

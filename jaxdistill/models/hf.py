@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +14,22 @@ import numpy as np
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
 from jaxdistill.models.decoder import Params
+from jaxdistill.models.hf_directory import (
+    INDEX,
+    WEIGHTS,
+    some,
+    write_model_directory,
+    write_weights,
+)
 from jaxdistill.models.hf_layout import HFTensor, hf_layout
-from jaxdistill.models.safetensors import FLOAT_TAGS, SafetensorsFile, write_safetensors
+from jaxdistill.models.safetensors import FLOAT_TAGS, SafetensorsFile
 from jaxdistill.models.tokenizer import Tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAVE_DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-# What a model directory may hold beside config.json; anything else is a user's own file.
-_MODEL_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template*",
-)
 
 
 def load_hf(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
@@ -103,6 +91,7 @@ def save_hf(
     *,
     dtype: str = "float32",
     max_shard_bytes: int | float = 5e9,
+    card: str | None = None,
 ) -> None:
     """Write a model directory that ``transformers`` (and vLLM, MLX, llama.cpp's converter) opens.
 
@@ -116,51 +105,31 @@ def save_hf(
         tokenizer: its files are written beside the weights.
         dtype: the stored type: float32, float16 or bfloat16.
         max_shard_bytes: start another file, and write an index, beyond this many bytes.
+        card: the text of README.md, with ``hf_directory.CARD_MARK`` in it.
 
     Raises:
         UserError: ``directory`` holds something else, ``dtype`` is not one of the three, the params
             are not this config's, or they do not fit float16.
     """
-    target = Path(directory).expanduser().resolve()
     if dtype not in SAVE_DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; accepted: {', '.join(SAVE_DTYPES)}")
-    _check_target(target)
     layout = hf_layout(config)
     leaves = _leaves(config, params, layout)
-    d = config_to_hf(config) | {"torch_dtype": dtype, "dtype": dtype}
-    generation = {
-        "_from_model_config": True,
-        "bos_token_id": d["bos_token_id"],
-        "eos_token_id": d["eos_token_id"],
-        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
-    }
+    by_name = {t.name: t for t in layout}
 
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        temporary.chmod(0o777 & ~_umask())
-        _write_weights(temporary, layout, leaves, SAVE_DTYPES[dtype], max_shard_bytes)
-        _write_json(temporary / "config.json", d)
-        _write_json(
-            temporary / "generation_config.json",
-            {k: v for k, v in generation.items() if v is not None},
-        )
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(temporary))
-        replace_directory(target, temporary)
-    except OSError as e:
-        raise UserError(
-            f"cannot write {target}: {e.strerror or e}; give a directory that can be written"
-        ) from e
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    def get(name: str) -> np.ndarray:
+        t = by_name[name]
+        leaf = leaves[t.path] if t.layer is None else leaves[t.path][t.layer]
+        return leaf.T if t.transpose else leaf
 
-
-def is_model_directory(path: str | os.PathLike[str]) -> bool:
-    """Return whether a directory holds an HF model and nothing else."""
-    return (Path(path) / "config.json").is_file() and not _foreign(Path(path))
+    tensors = [(t.name, SAVE_DTYPES[dtype], t.shape) for t in layout]
+    write_model_directory(
+        directory,
+        config_to_hf(config) | {"torch_dtype": dtype, "dtype": dtype},
+        lambda part: write_weights(part, tensors, get, max_shard_bytes),
+        tokenizer,
+        card,
+    )
 
 
 # Reading
@@ -202,7 +171,7 @@ def _locate(directory: Path) -> dict[str, SafetensorsFile]:
     absent = [n for n, shard in names.items() if n not in files[shard].entries]
     if absent:
         raise UserError(
-            f"{directory / names[absent[0]]} lacks {_some(absent)} that {INDEX} places there; "
+            f"{directory / names[absent[0]]} lacks {some(absent)} that {INDEX} places there; "
             "fetch it again"
         )
     return {name: files[shard] for name, shard in names.items()}
@@ -216,7 +185,7 @@ def _check_names(
     missing = [t.name for t in layout if t.name not in where]
     if missing:
         raise UserError(
-            f"{directory} lacks {_some(missing)}, which its config.json asks for; give the "
+            f"{directory} lacks {some(missing)}, which its config.json asks for; give the "
             "config.json that belongs to these weights"
         )
     unexpected = sorted(
@@ -228,15 +197,9 @@ def _check_names(
     )
     if unexpected:
         raise UserError(
-            f"{directory} has {_some(unexpected)}, which a {config.model_type} model of its "
+            f"{directory} has {some(unexpected)}, which a {config.model_type} model of its "
             "config.json does not use; give the config.json that belongs to these weights"
         )
-
-
-def _some(names: list[str]) -> str:
-    """Name up to three of many."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _slot(params: Params, t: HFTensor, num_layers: int) -> np.ndarray:
@@ -270,7 +233,7 @@ def _leaves(
     unexpected = ["/".join(p) for p in found if p not in wanted]
     if missing or unexpected:
         what = " and ".join(
-            f"{verb} {_some(names)}"
+            f"{verb} {some(names)}"
             for verb, names in (("lack", missing), ("have", unexpected))
             if names
         )
@@ -285,94 +248,3 @@ def _leaves(
                 f"asks for {list(shape)}; give the config that belongs to these params"
             )
     return {path: np.asarray(found[path]) for path in wanted}
-
-
-def _shards(layout: list[HFTensor], width: int, limit: int | float) -> Iterator[list[HFTensor]]:
-    """Cut the tensors, in order, into runs of at most ``limit`` bytes (or of one tensor)."""
-    run: list[HFTensor] = []
-    size = 0
-    for t in layout:
-        n = math.prod(t.shape) * width
-        if run and size + n > limit:
-            yield run
-            run, size = [], 0
-        run.append(t)
-        size += n
-    yield run
-
-
-def _write_weights(
-    directory: Path,
-    layout: list[HFTensor],
-    leaves: dict[tuple[str, ...], np.ndarray],
-    dtype: np.dtype,
-    max_shard_bytes: int | float,
-) -> None:
-    """Write the tensors to one file, or to shards and their index."""
-    by_name = {t.name: t for t in layout}
-
-    def get(name: str) -> np.ndarray:
-        t = by_name[name]
-        leaf = leaves[t.path] if t.layer is None else leaves[t.path][t.layer]
-        if dtype == np.float16 and (peak := float(np.abs(leaf).max(initial=0))) > 65504:
-            raise UserError(
-                f"{name} reaches {peak:.4g}, beyond float16's 65504; save as bfloat16 or float32"
-            )
-        return leaf.T if t.transpose else leaf
-
-    shards = list(_shards(layout, dtype.itemsize, max_shard_bytes))
-    total, weight_map = 0, {}
-    for i, run in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        total += write_safetensors(directory / file, [(t.name, dtype, t.shape) for t in run], get)
-        weight_map |= {t.name: file for t in run}
-    if len(shards) > 1:
-        _write_json(
-            directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-
-
-def _write_json(path: Path, d: dict[str, Any]) -> None:
-    path.write_text(json.dumps(d, indent=2) + "\n", encoding="utf-8")
-
-
-def _foreign(path: Path) -> list[str]:
-    """List what a directory holds beyond a model's own files."""
-    return sorted(
-        p.name for p in path.iterdir() if p.is_dir() or not any(map(p.match, _MODEL_FILES))
-    )
-
-
-def _check_target(target: Path) -> None:
-    """Raise ``UserError`` unless the target is absent, an empty directory or a model directory."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; give a directory to write the model to")
-    if target.is_dir() and any(target.iterdir()) and not is_model_directory(target):
-        foreign = _foreign(target)
-        what = f"holds {_some(foreign)}" if foreign else "has no config.json"
-        raise UserError(
-            f"{target} is not empty and not a model directory (it {what}); give a new directory, "
-            "or remove it first"
-        )
-
-
-def replace_directory(target: Path, temporary: Path) -> None:
-    """Give a finished directory its name, putting back the old one should that fail."""
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old)
-    try:
-        temporary.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,7 +2,8 @@
 
 DIR/config.json         the HF config
 DIR/quantization.json   the spec of every quantized weight, for the reader; that of activations
-DIR/params/             orbax: ``kernel_q`` int4 or int8, ``kernel_scale`` float16, norms float32
+DIR/params/             orbax: ``kernel_q`` int4 or int8 (uint8 too; uint4 as int4, less 8),
+                        ``kernel_scale`` and ``kernel_zero`` float16, norms float32
 DIR/tokenizer*          as transformers saves it
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -53,7 +55,7 @@ def save_quantized(
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    ocp.save(str((part / "params").resolve()), jax.tree.map(np.asarray, params))
+    ocp.save(str((part / "params").resolve()), _signed(jax.tree.map(np.asarray, params)))
     (part / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
     (part / _MARK).write_text(json.dumps(_described(params, policy), indent=2) + "\n")
     if tokenizer is not None:
@@ -92,7 +94,7 @@ def load_quantized(directory: Path) -> tuple[ModelConfig, Params, Tokenizer | No
     """
     try:
         config = config_from_hf(json.loads((directory / "config.json").read_text()))
-        params = _load_arrays((directory / "params").resolve())
+        params = _unsigned(_load_arrays((directory / "params").resolve()))
     except (OSError, ValueError, KeyError) as e:
         reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise UserError(
@@ -100,6 +102,28 @@ def load_quantized(directory: Path) -> tuple[ModelConfig, Params, Tokenizer | No
         ) from None
     has_tokenizer = (directory / "tokenizer.json").is_file()
     return config, params, load_tokenizer(directory) if has_tokenizer else None
+
+
+def _signed(params: Params) -> Params:
+    """Shift uint4 integers to int4, ``q - 8``: orbax's storage has no unsigned type of 4 bits."""
+    return _shifted(params, jnp.uint4, jnp.int4, -8)
+
+
+def _unsigned(params: Params) -> Params:
+    """Undo ``_signed``: int4 integers beside a zero point were uint4."""
+    return _shifted(params, jnp.int4, jnp.uint4, 8)
+
+
+def _shifted(node: Params, before: Any, after: Any, by: int) -> Params:
+    out: Params = {}
+    for name, child in node.items():
+        if isinstance(child, dict):
+            out[name] = _shifted(child, before, after, by)
+        elif name.endswith("_q") and f"{name[:-2]}_zero" in node and child.dtype == before:
+            out[name] = (child.astype(jnp.int8) + jnp.int8(by)).astype(after)
+        else:
+            out[name] = child
+    return out
 
 
 def _load_arrays(path: Path) -> Params:

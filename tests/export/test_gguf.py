@@ -27,6 +27,7 @@ from tests.gguf_files import (
     tiny_config,
     write_raw,
 )
+from tests.stored import changed
 
 CONFIGS = {
     "llama": tiny_config(),
@@ -57,19 +58,6 @@ def assert_same(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
-
-
-def changed(params, path, value):
-    """A copy of a tree with the leaf at `path` replaced, or taken out where the value is None."""
-    key, _, rest = path.partition("/")
-    out = dict(params)
-    if rest:
-        out[key] = changed(params.get(key, {}), rest, value)
-    elif value is None:
-        del out[key]
-    else:
-        out[key] = value
-    return out
 
 
 @pytest.mark.parametrize("group", [32, None])

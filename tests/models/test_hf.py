@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.hf import is_model_directory, load_hf, save_hf
+from jaxdistill.models.hf import load_hf, save_hf
+from jaxdistill.models.hf_directory import is_model_directory
 from jaxdistill.models.hf_layout import hf_layout
 from jaxdistill.models.safetensors import SafetensorsFile, write_safetensors
 

@@ -1,0 +1,142 @@
+"""The Linen blocks of a Llama-family decoder layer, on token-major rows ``[B*T, D]``."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.rope import apply_rope
+
+
+class Linear(nn.Module):
+    """Multiply rows by a kernel ``[in, out]``; accumulate in float32, return the rows' type."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N I"]) -> Float[Array, "N O"]:
+        """Return ``x @ kernel (+ bias)``."""
+        kernel = self.param(
+            "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
+        )
+        y = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Scale rows to unit root mean square, in float32 (Zhang and Sennrich 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        """Return ``weight * x / sqrt(mean(x^2) + eps)``."""
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        weight = jnp.expand_dims(weight.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (y * weight).astype(x.dtype)
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "#B T S"],
+) -> Float[Array, "B T N H"]:
+    """Attend with grouped queries; the query heads of one key head are rows of one product."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    q = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = scores.reshape(B, K, G, T, S)
+    keep = jnp.broadcast_to(mask_BTS[:, None, None], scores.shape)
+    probs = jax.nn.softmax(jnp.where(keep, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    probs = probs.reshape(B, K, G * T, S).astype(v.dtype)
+    out = jnp.einsum("bkms,bksh->bkmh", probs, v, preferred_element_type=jnp.float32)
+    out = out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out.astype(q_BTNH.dtype)
+
+
+class Attention(nn.Module):
+    """Project, rotate, attend and project back, with an optional key/value cache."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND, shape, rope, mask_BTS, cache):
+        """Return the mixed rows ``[B*T, D]`` and the updated (k, v) slots."""
+        c, (B, T) = self.config, shape
+        q = Linear(c.num_heads * c.head_dim, c.qkv_bias, name="q_proj")(x_ND)
+        k = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, name="k_proj")(x_ND)
+        v = Linear(c.num_kv_heads * c.head_dim, c.qkv_bias, name="v_proj")(x_ND)
+        q = q.reshape(B, T, c.num_heads, c.head_dim)
+        k, v = (y.reshape(B, T, c.num_kv_heads, c.head_dim) for y in (k, v))
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            past_k, past_v, length = cache
+            k = lax.dynamic_update_slice_in_dim(past_k, k.astype(past_k.dtype), length, axis=1)
+            v = lax.dynamic_update_slice_in_dim(past_v, v.astype(past_v.dtype), length, axis=1)
+        out = attend(q, k, v, mask_BTS).reshape(B * T, c.num_heads * c.head_dim)
+        return Linear(c.hidden_size, c.o_bias, name="o_proj")(out), (k, v)
+
+
+class MLP(nn.Module):
+    """Apply SwiGLU: ``down(silu(gate(x)) * up(x))`` (Shazeer 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """Return the transformed rows."""
+        c = self.config
+        gate = Linear(c.intermediate_size, c.mlp_bias, name="gate_proj")(x_ND)
+        up = Linear(c.intermediate_size, c.mlp_bias, name="up_proj")(x_ND)
+        return Linear(c.hidden_size, c.mlp_bias, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Run one pre-norm decoder layer on token-major rows ``[B*T, D]``."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND, shape, rope, mask_BTS, cache):
+        """Return the rows after attention and MLP, and the updated (k, v) slots."""
+        eps = self.config.rms_norm_eps
+        mixed, kv = Attention(self.config, name="self_attn")(
+            RMSNorm(eps, name="input_layernorm")(x_ND), shape, rope, mask_BTS, cache
+        )
+        x_ND = x_ND + mixed
+        normed = RMSNorm(eps, name="post_attention_layernorm")(x_ND)
+        return x_ND + MLP(self.config, name="mlp")(normed), kv
+
+
+def attention_mask(
+    q_positions: Int[Array, "#B T"],
+    k_positions: Int[Array, "#B S"],
+    q_segments: Int[Array, "B T"] | None,
+    k_segments: Int[Array, "B S"] | None,
+    window: int | None,
+) -> Bool[Array, "#B T S"]:
+    """Return where a query may look: same segment, not ahead, and within the sliding window."""
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    if q_segments is not None and k_segments is not None:
+        mask = mask & (q_segments[:, :, None] == k_segments[:, None, :])
+    return mask
