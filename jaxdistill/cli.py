@@ -10,16 +10,18 @@ import tyro
 from rich.console import Console
 
 from jaxdistill.errors import UserError
+from jaxdistill.recipes.analyze import Analyze, analyze
 from jaxdistill.recipes.demo import Demo, demo
 from jaxdistill.recipes.evaluate import Evaluate, evaluate
 from jaxdistill.recipes.export import Export, export
 from jaxdistill.recipes.generate import Generate, generate
 from jaxdistill.recipes.quantize import Quantize, quantize
-from jaxdistill.report.table import result_table
+from jaxdistill.report.table import choices_table, result_table
 
 VERBS = {
     "quantize": Quantize,
     "evaluate": Evaluate,
+    "analyze": Analyze,
     "export": Export,
     "generate": Generate,
     "demo": Demo,
@@ -38,8 +40,14 @@ def run(options: Any) -> None:
             result = evaluate(options)
             if options.json:
                 print(json.dumps(result))
-            else:
+            elif options.data is not None:
                 out.print(result_table({options.model: result}))
+            if options.choices and not options.json:
+                out.print(choices_table(result["choices"], result["choices_mean"]))
+        case Analyze():
+            report = analyze(options)
+            if options.json:
+                print(json.dumps(report))
         case Export():
             print(export(options))
         case Generate():

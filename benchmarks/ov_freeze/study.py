@@ -78,12 +78,14 @@ def studies(name: str) -> tuple[Study, list[Cell]]:
             teacher=load_stories(DATA / "models" / "stories260K"),
             train=str(DATA / "text" / "tinystories_cased.jsonl.gz"),
             other=str(DATA / "text" / "tinyshakespeare.jsonl.gz"),
-            steps=200,
+            steps=100,
             rows=4,
         )
-        points = [(lr, seed) for lr in (*RATES, 2e-3, 1e-2, 5e-2) for seed in range(3)]
-        plans = [(g, f, 0.0) for g in ("channel", "32") for f in (*FREEZES, "auto")]
-        plans += [(g, f, 0.5) for g in ("channel", "32") for f in ("none", "ov")]
+        points = [(lr, seed) for lr in (*RATES, 2e-3, 1e-2) for seed in range(3)]
+        plans = [("channel", f, 0.0) for f in (*FREEZES, "auto")]
+        plans += [("channel", f, 0.5) for f in ("none", "ov")]
+        plans += [("32", f, 0.0) for f in ("none", "ov", "auto", "v", "o", "qk", "qkv", "mlp")]
+        plans += [("32", f, 0.5) for f in ("none", "ov")]
         return study, [
             Cell(group=g, freeze=f, ce_weight=ce, lr=lr, seed=seed)
             for g, f, ce in plans
@@ -93,7 +95,7 @@ def studies(name: str) -> tuple[Study, list[Cell]]:
         teacher=jd.load_model(embedded_model()),
         train=str(DATA / "text" / "c4_en_train_mini.jsonl.gz"),
         other=str(DATA / "text" / "wikitext2_valid.jsonl.gz"),
-        steps=40,
+        steps=24,
         rows=4,
         eval_tokens=4096,
     )

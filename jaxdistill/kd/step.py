@@ -60,7 +60,12 @@ def adamw(
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(lambda count: learning_rate * shape(count), b2=0.95, weight_decay=weight_decay, mask=decayed),
+        optax.adamw(
+            lambda count: learning_rate * shape(count),
+            b2=0.95,
+            weight_decay=weight_decay,
+            mask=decayed,
+        ),
     )
 
 

@@ -1,8 +1,9 @@
-"""The before-and-after table, for the terminal and for Markdown."""
+"""Tables of results, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.table import Table
 
@@ -40,3 +41,34 @@ def markdown_table(results: Mapping[str, Mapping[str, float | int]]) -> str:
     lines = [heads, ["---"] + ["---:"] * len(_COLUMNS)]
     lines += [[name, *_cells(result)] for name, result in results.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+_CHOICES = (
+    ("acc", "accuracy", "{:.1%}"),
+    ("acc_norm", "acc_norm", "{:.1%}"),
+    ("bits_per_byte", "bits/byte", "{:.3f}"),
+    ("items", "items", "{}"),
+    ("teacher_acc", "teacher", "{:.1%}"),
+    ("retention", "kept", "{:.1%}"),
+)
+
+
+def choices_table(choices: Mapping[str, Mapping[str, Any]], mean: Mapping[str, Any]) -> Table:
+    """Lay multiple-choice metrics out, one row a file, and their mean where there are several.
+
+    Columns: accuracy with its standard error, the same by log-likelihood a byte, bits a byte of the
+    right choice, questions; beside a teacher its accuracy and the retention, the share kept of it.
+    """
+    rows = dict(choices) | ({"mean": mean} if len(choices) > 1 else {})
+    columns = [column for column in _CHOICES if any(column[0] in row for row in rows.values())]
+    table = Table()
+    table.add_column("choices", overflow="fold")  # a narrow terminal shall not cut the names
+    for _, head, _ in columns:
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        found = {key: (form, row.get(key)) for key, _, form in columns}
+        cells = {k: "" if x is None else form.format(x) for k, (form, x) in found.items()}
+        if "acc_stderr" in row:
+            cells["acc"] += f" ±{row['acc_stderr']:.1%}"
+        table.add_row(name, *cells.values(), end_section=name == list(choices)[-1])
+    return table

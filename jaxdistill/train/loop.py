@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +21,20 @@ from jaxdistill.errors import UserError
 from jaxdistill.kd.objective import Metrics
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.run_directory import RunDirectory
+
+
+class Look(NamedTuple):
+    """Say what is looked at every few steps: ``take(step, params) -> metrics``, logged with them.
+
+    Attributes:
+        every: steps between looks; 0 for none.
+        take: the look.
+        at_end: look after the last step too, whatever its number.
+    """
+
+    every: int
+    take: Callable[[int, Any], Mapping[str, float | int]]
+    at_end: bool = True
 
 
 def check_finite(step: int, values: Mapping[str, float | int], kept: int | None) -> None:
@@ -46,8 +60,7 @@ def train(
     resume: bool = False,
     checkpoint_every: int = 0,
     keep: int = 2,
-    evaluate: Callable[[Any], dict[str, float | int]] | None = None,
-    evaluate_every: int = 0,
+    looks: Sequence[Look] = (),
     console: Console | None = None,
 ) -> Any:
     """Run ``steps`` updates and return the last state.
@@ -66,8 +79,7 @@ def train(
         resume: go on from the last checkpoint, where there is one.
         checkpoint_every: steps between checkpoints; 0 saves none.
         keep: checkpoints kept.
-        evaluate: ``params -> metrics``, logged as ``eval/...``.
-        evaluate_every: steps between evaluations; 0 makes none.
+        looks: see ``Look``.
         console: where progress is shown.
     """
     with Checkpoints(run.checkpoints, keep=keep) as checkpoints, _progress(console) as progress:
@@ -85,8 +97,9 @@ def train(
             check_finite(i + 1, values, checkpoints.latest)
             values |= {"tokens_per_second": batch["tokens"].size / seconds, "seconds": seconds}
             done = i + 1
-            if evaluate and evaluate_every and (done % evaluate_every == 0 or done == steps):
-                values |= {f"eval/{k}": v for k, v in evaluate(state.params).items()}
+            for every, take, at_end in looks:
+                if every and (done % every == 0 or (at_end and done == steps)):
+                    values |= take(done, state.params)
             run.log(done, values)
             if checkpoint_every and (done % checkpoint_every == 0 or done == steps):
                 checkpoints.save(done, state, fingerprint)

@@ -1,7 +1,9 @@
 """The main job on a tiny model: what it leaves behind, that it resumes, exports and evaluates."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +77,103 @@ def test_exports_hold_the_stored_values(run, tmp_path, capsys):
         for name in want:
             np.testing.assert_array_equal(got[name], want[name], err_msg=f"{path.name} {name}")
     assert capsys.readouterr().out.split() == [str(tmp_path / "hf"), str(tmp_path / "m.gguf")]
+
+
+def test_every_option_of_the_quantizer_composes(inputs, tmp_path, capsys):
+    """GPTQ start, learned asymmetric ranges, 8-bit activations, the analysed freeze, looks."""
+    from jaxdistill.recipes.evaluate import Evaluate, evaluate
+
+    model, data = inputs
+    out = tmp_path / "r"
+    job = Quantize(
+        model=model,
+        data=data,
+        eval_data=data,
+        out=out,
+        ptq="gptq",
+        asymmetric=True,
+        learn_ranges=True,
+        activation_bits="8",
+        freeze="auto",
+        signal_every=2,
+        eval_tokens=0,
+        **SMALL,
+    )
+    results = quantize(job)
+    assert "freeze: " in capsys.readouterr().err
+    assert results["student"]["kl"] < results["ptq"]["kl"]
+    # The student read back from disk, activations quantized, is the one that was judged.
+    again = evaluate(Evaluate(model=str(out), teacher=model, data=data, seq_len=32))
+    assert again["kl"] == pytest.approx(results["student"]["kl"], rel=1e-4)
+    stored = load_model(out)
+    assert stored.params["layers"]["mlp"]["up_proj"]["kernel_q"].dtype == "uint4"
+    assert stored.activations[0][1].bits == 8
+    bare = evaluate(Evaluate(model=model, teacher=str(out), data=data, seq_len=32))
+    assert bare["kl"] != pytest.approx(again["kl"], rel=1e-3)
+
+    looks = [json.loads(line) for line in (out / "signal.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [2, 4, 6]
+    for look in looks:
+        for name in ("gradient", "rms", "sqnr", "clipped", "flips"):
+            assert np.isfinite(look[name]).all() and np.shape(look[name]) == (2, 7), name
+        assert 0 < np.mean(look["flips"]) < 0.5 and np.min(look["gradient"]) > 0
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert logged[1]["signal/v_proj/sqnr"] == pytest.approx(np.mean(looks[0]["sqnr"], 0)[2])
+
+
+@pytest.fixture(scope="module")
+def window(inputs, tmp_path_factory):
+    """A run whose ov-freeze is released after three of six steps."""
+    model, data = inputs
+    out = tmp_path_factory.mktemp("window") / "run"
+    job = Quantize(
+        model=model, data=data, out=out, freeze_stop=3, checkpoint_every=2, keep=9, **SMALL
+    )
+    return job, quantize(job)
+
+
+def load_checkpoint(run, step):
+    with Checkpoints(run / "checkpoints") as saved:
+        like = jax.tree.map(
+            lambda m: jax.numpy.zeros(m.shape, m.dtype),
+            saved._orbax.metadata(step).metadata,
+            is_leaf=lambda m: hasattr(m, "shape"),
+        )
+        return saved._orbax.load(step, like)
+
+
+def test_what_a_window_froze_is_released(window):
+    job, _ = window
+    kernels = {}
+    for step in (2, 3, 4, 6):
+        attention = load_checkpoint(job.out, step)["params"]["layers"]["self_attn"]
+        kernels[step] = {x: np.asarray(attention[f"{x}_proj"]["kernel"]) for x in "qv"}
+    np.testing.assert_array_equal(kernels[2]["v"], kernels[3]["v"])
+    assert (kernels[4]["v"] != kernels[3]["v"]).mean() > 0.5
+    assert (kernels[6]["v"] != kernels[4]["v"]).mean() > 0.5
+    assert (kernels[3]["q"] != kernels[2]["q"]).mean() > 0.5
+
+
+@pytest.mark.parametrize("last", [2, 3, 4])
+def test_a_window_resumes_from_either_side_of_its_release(window, last, tmp_path):
+    job, results = window
+    shutil.copytree(job.out, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    for step in (2, 3, 4, 6):
+        if step > last:
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    again = quantize(dataclasses.replace(job, out=tmp_path / "run", resume=True))
+    assert again == results
+
+
+def test_a_freeze_that_leaves_nothing_is_named(inputs, tmp_path):
+    job = Quantize(model=inputs[0], data=inputs[1], out=tmp_path / "r", freeze="weights", **SMALL)
+    with pytest.raises(UserError) as e:
+        quantize(job)
+    assert str(e.value) == (
+        "--freeze weights leaves nothing to train; give fewer patterns, or --learn-ranges"
+    )
+    assert not (tmp_path / "r").exists()
 
 
 def test_steps_zero_is_plain_ptq(inputs, tmp_path):

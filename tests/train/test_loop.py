@@ -8,7 +8,7 @@ from rich.console import Console
 from jaxdistill.errors import UserError
 from jaxdistill.kd.step import TrainState
 from jaxdistill.train.checkpoint import Checkpoints
-from jaxdistill.train.loop import train
+from jaxdistill.train.loop import Look, train
 from jaxdistill.train.run_directory import RunDirectory, read_metrics
 
 
@@ -47,8 +47,10 @@ def go(path, steps, bad=None, resume=False):
         fingerprint="f",
         resume=resume,
         checkpoint_every=2,
-        evaluate=lambda params: {"kl": float(params["w"][0])},
-        evaluate_every=3,
+        looks=[
+            Look(3, lambda _, params: {"eval/kl": float(params["w"][0])}),
+            Look(4, lambda step, _: {"number": step}, at_end=False),
+        ],
         console=Console(quiet=True),
     )
 

@@ -1,0 +1,307 @@
+"""The page of a signal analysis: one HTML file that needs nothing else, in light and dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.kd.recommend import LEAST_INFLATION, LEAST_RATIO, MOST_WEIGHTS, Recommendation
+from jaxdistill.kd.signal_sums import PROJECTIONS
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f8fa; --card: #ffffff; --text: #1f2328;
+  --quiet: #59636e; --line: #d0d7de; --accent: #0969da; --mark: #ddf4ff; }
+@media (prefers-color-scheme: dark) { :root { --page: #0d1117; --card: #161b22; --text: #e6edf3;
+  --quiet: #9198a1; --line: #30363d; --accent: #6cb6ff; --mark: #12314f; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 40px 0 8px; }
+p, li { max-width: 76ch; }
+.quiet { color: var(--quiet); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 16px; margin: 16px 0; }
+.verdict { border-left: 4px solid var(--accent); }
+.verdict h2 { margin-top: 0; }
+.scroll { overflow-x: auto; padding: 0; }
+table { border-collapse: separate; border-spacing: 0; width: 100%;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 7px 12px; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th { font-size: .85rem; font-weight: 600; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--card); }
+tr:last-child td { border-bottom: 0; }
+tr.frozen td { background: var(--mark); font-weight: 600; }
+.maps { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px),
+  1fr)); }
+figure { margin: 0; }
+.maps figure, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 12px; }
+.wide { max-width: 720px; }
+img { display: block; width: 100%; height: auto; }
+figcaption { color: var(--quiet); font-size: .9rem; margin-top: 8px; }
+code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 12px 0 0; padding: 12px; background: var(--page);
+  border: 1px solid var(--line); border-radius: 6px; }
+dt { font-weight: 600; margin-top: 12px; }
+dd { margin: 0; max-width: 76ch; }
+"""
+
+_CAPTIONS = {
+    "gradient_ce": "How hard the loss pulls at a projection's weights in a layer. 1 on the scale "
+    "is a factor of ten. Float and quantized models share the colours.",
+    "inflation": "How much quantization alone enlarges that pull. 0 is no change, 1 doubles the "
+    "squared norm, 3 makes it eight times as large. A column that is red from top to bottom is a "
+    "projection that stands out if its neighbours are paler.",
+    "gradient_kd": "The pull of the loss that distillation trains on, the KL to the teacher. The "
+    "float model has none: all of it comes from quantization.",
+    "sqnr": "How far the output stands above its error. 20 dB is an error of a tenth of the "
+    "signal's size, 0 dB one as large as the signal.",
+    "sqnr_gain": "Where training brought the output nearer to the float model (red) and where it "
+    "moved it away (blue).",
+    "clipped": "Weights that lie beyond the ends of their range. No gradient reaches them.",
+    "flips": "Weights whose stored integer is another than that of the float model rounded: what "
+    "training really changed.",
+}
+_MODELS = {"float": "Float model", "ptq": "Quantized (PTQ)", "trained": "Trained student"}
+
+_COLUMNS = """
+<p class="quiet">The largest inflation comes first. <em>Inflation</em>: what quantization multiplies
+the squared gradient by. <em>Added, &times; median</em>: inflation less 1, over that of the median
+projection. <em>Layers above median</em>: layers in which it is inflated more than that layer's
+median projection. Gradients are squared norms summed over layers; SQNR, RMS (of the output) and
+clipped weights are means over layers.</p>
+"""
+
+_READING = f"""
+<h2>What this page is about</h2>
+<p>Quantization replaces every weight of a projection (one linear layer of the decoder) by the
+nearest of a few values. Each output is then a little wrong; the next projection reads the wrong
+output and adds an error of its own, so that the model drifts from its float original with depth.
+Quantization-aware distillation trains the weights, rounded in every forward pass, until the
+quantized student answers like the float teacher.</p>
+<p>The gradients of that training are not those of the float model. In Llama-like models the paper
+&ldquo;Oh! We Freeze&rdquo; (arXiv 2403.18159) found that the value and output projections of
+self-attention, <code>v_proj</code> and <code>o_proj</code>, carry the largest gradients, and drift
+from the float model as they follow them. Put on their rounded values once and frozen, both stay
+near it, and the other projections learn to make up for the error. This page measures the same
+things on your model and text, and names what stands out here.</p>
+<h2>How the recommendation is made</h2>
+<p>For each layer and projection, <em>inflation</em> is the squared norm of the loss's gradient in
+the quantized model over that in the float model. Over layers the geometric mean is taken, which
+gives each layer one vote: a sum would report the one layer with the largest gradient, and a
+projection is frozen in all layers or in none. Projections are compared by what quantization adds,
+inflation less 1. One is recommended if</p>
+<ul>
+<li>its inflation is at least {LEAST_INFLATION:g},</li>
+<li>quantization adds at least {LEAST_RATIO:g} times as much as to the median projection,</li>
+<li>its inflation exceeds its layer's median in two thirds of the layers,</li>
+<li>and its gradient is large for the number of its weights, or its output further from the float
+model than the median projection's.</li>
+</ul>
+<p>At most {MOST_WEIGHTS:.0%} of the weights are frozen: something must be left to repair the rest
+by. Where quantization disturbs all projections alike, nothing stands out. This is a reading of
+gradients before training; whether freezing helps is seen by training with it and without.</p>
+"""
+
+_TERMS = """
+<h2>Terms</h2>
+<dl>
+<dt>gradient</dt><dd>Squared Frobenius norm of dL/dW. L is the mean next-token cross-entropy of the
+model itself over the target tokens of a batch, for the distillation gradient the KL divergence from
+the teacher; W is the kernel, for the quantized model its float master, straight through the
+rounding. Means over batches.</dd>
+<dt>SQNR</dt><dd>Signal-to-quantization-noise ratio of a projection's output, 10 log10 of the float
+output's energy over that of the difference. Each model reads the text by itself, so errors of
+earlier layers count.</dd>
+<dt>clipped, flipped</dt><dd>Shares of a projection's weights in a layer: those beyond the ends of
+their range, and those whose integer differs from the rounded float model's.</dd>
+<dt>drift</dt><dd>Of the residual stream, the vector that every layer adds to: the size of the
+difference over that of the float model's vector, and the cosine between the two, each a mean over
+places. Padding counts nowhere.</dd>
+</dl>
+"""
+
+
+def signal_page(
+    title: str,
+    facts: Sequence[str],
+    models: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, np.ndarray],
+    advice: Recommendation,
+    pictures: Mapping[str, bytes],
+    dark_pictures: Mapping[str, bytes],
+    command: str = "",
+) -> str:
+    """Lay an analysis out as one HTML document.
+
+    Args:
+        title: the model's name.
+        facts: what was analysed, short phrases.
+        models: one row each: ``name``, ``nll``, ``kl`` and ``sqnr`` of the final hidden states.
+        arrays: see ``report.signal_plots.draw_signal``.
+        advice: what to freeze.
+        pictures: PNG by name.
+        dark_pictures: the same for dark displays.
+        command: how to follow the advice.
+    """
+    text = html.escape
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>Signal analysis: {text(title)}</title><style>{_STYLE}</style></head><body><main>",
+        f"<h1>Signal analysis: {text(title)}</h1>",
+        f'<p class="quiet">{" &middot; ".join(text(fact) for fact in facts)}</p>',
+        _verdict(advice, command),
+        "<h2>Projections</h2>",
+        _table(*_projection_rows(arrays, advice)),
+        _COLUMNS,
+        "<h2>Models</h2>",
+        _table(*_model_rows(models)),
+        _READING,
+        "<h2>Layer by layer</h2>",
+        '<p class="quiet">Layers from the first (top) to the last, projections in the order in '
+        "which a layer uses them.</p>",
+        '<div class="maps">',
+        *(
+            _figure(name, pictures[name], dark_pictures[name], _caption(name))
+            for name in pictures
+            if name != "drift"
+        ),
+        "</div>",
+        "<h2>Drift by depth</h2>",
+        _figure(
+            "drift of the residual stream by depth",
+            pictures["drift"],
+            dark_pictures["drift"],
+            "Each layer adds its own error to what it was given.",
+            "wide",
+        ),
+        _TERMS,
+        '<p class="quiet">All numbers, with their units, are in signal.json beside this page; the '
+        "pictures are in plots/.</p>",
+        "</main></body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _verdict(advice: Recommendation, command: str) -> str:
+    head = " and ".join(advice.projections)
+    head = f"Recommended: freeze {head}" if head else "Recommended: freeze nothing"
+    items = "".join(f"<li>{html.escape(_sentence(reason))}</li>" for reason in advice.reasons)
+    code = f"<pre><code>{html.escape(command)}</code></pre>" if command else ""
+    return f'<section class="card verdict"><h2>{head}</h2><ul>{items}</ul>{code}</section>'
+
+
+def _sentence(reason: str) -> str:
+    """Begin with a capital letter, unless with the name of a projection, and end with a stop."""
+    named = reason.startswith(PROJECTIONS)
+    return (reason if named else reason[:1].upper() + reason[1:]) + "."
+
+
+def _projection_rows(
+    arrays: Mapping[str, np.ndarray], advice: Recommendation
+) -> tuple[list[str], list[list[str]], list[bool]]:
+    """Return heads, rows in the order of the ranking, and which rows are recommended."""
+    heads = [
+        "projection",
+        "inflation",
+        "added, × median",
+        "layers above median",
+        "gradient, float",
+        "gradient, PTQ",
+        "SQNR, dB",
+        "least SQNR, dB",
+        "clipped",
+        "RMS, float",
+        "RMS, PTQ",
+        "share of weights",
+    ]
+    trained = "trained/sqnr" in arrays
+    heads += ["SQNR trained, dB", "flipped"] if trained else []
+    rows = []
+    for s in advice.ranking:
+        i = PROJECTIONS.index(s.projection)
+        sqnr = arrays["ptq/sqnr"][:, i]
+        row = [
+            s.projection,
+            f"{s.inflation:.2f}",
+            f"{s.ratio:.2f}" if math.isfinite(s.ratio) else "",
+            f"{s.layers_above} of {s.layers}",
+            f"{arrays['float/gradient_ce'][:, i].sum():.3g}",
+            f"{arrays['ptq/gradient_ce'][:, i].sum():.3g}",
+            f"{s.sqnr:.1f}",
+            f"{sqnr.min():.1f} (layer {int(sqnr.argmin())})",
+            f"{arrays['ptq/clipped'][:, i].mean():.2%}",
+            f"{arrays['float/rms'][:, i].mean():.3g}",
+            f"{arrays['ptq/rms'][:, i].mean():.3g}",
+            f"{s.weights:.1%}",
+        ]
+        if trained:
+            row += [
+                f"{arrays['trained/sqnr'][:, i].mean():.1f}",
+                f"{arrays['trained/flips'][:, i].mean():.2%}",
+            ]
+        rows.append(row)
+    return heads, rows, [s.frozen for s in advice.ranking]
+
+
+def _model_rows(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    def cell(value: Any, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    heads = [
+        "model",
+        "NLL, nats a token",
+        "KL to float, nats a token",
+        "SQNR of the last state, dB",
+    ]
+    rows = [
+        [
+            _MODELS[m["name"]],
+            cell(m["nll"], ".4f"),
+            cell(m.get("kl"), ".4f"),
+            cell(m.get("sqnr"), ".1f"),
+        ]
+        for m in models
+    ]
+    return heads, rows
+
+
+def _table(heads: list[str], rows: list[list[str]], marked: Sequence[bool] = ()) -> str:
+    head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in heads)
+    body = []
+    for i, row in enumerate(rows):
+        mark = ' class="frozen"' if i < len(marked) and marked[i] else ""
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        body.append(f"<tr{mark}>{cells}</tr>")
+    return (
+        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _caption(name: str) -> str:
+    quantity, _, model = name.rpartition("_")
+    return f"{_MODELS[model]}. {_CAPTIONS[quantity]}"
+
+
+def _figure(name: str, light: bytes, dark: bytes, caption: str, kind: str = "") -> str:
+    """Return a figure that shows one of two pictures, as the display asks."""
+    sources = [f"data:image/png;base64,{base64.b64encode(x).decode()}" for x in (light, dark)]
+    label = html.escape(name.replace("_", " "))
+    return (
+        f'<figure class="{kind}"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
+        f'<img src="{sources[0]}" alt="{label}"></picture>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
