@@ -95,6 +95,8 @@ def test_bad_inputs_are_one_line_and_write_nothing(inputs, tmp_path, capsys):
     assert "empty.jsonl" in said
     said = fails(capsys, *base, "--model", model, "--data", data, "--freeze", "vproj")
     assert said.startswith("freeze pattern 'vproj' matches no parameter")
+    said = fails(capsys, *base, "--model", model, "--data", data, "--batch-size", "0")
+    assert said == "--batch-size 0 given; accepted: 1 or more"
     said = fails(capsys, *base[:-1], "4096", "--model", model, "--data", data)
     assert said.startswith("--seq-len 4096 exceeds the 128 positions of ")
     assert not out.exists()

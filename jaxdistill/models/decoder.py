@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.models.blocks import Block, Linear, RMSNorm, attention_mask
@@ -91,18 +91,23 @@ class Places(NamedTuple):
 
 
 def places_of(
-    config: ModelConfig, tokens: Array, positions: Array | None, segment_ids: Array | None
+    config: ModelConfig,
+    tokens: ArrayLike,
+    positions: ArrayLike | None,
+    segment_ids: ArrayLike | None,
 ) -> Places:
-    """Return the places of a batch that is read whole, without a cache."""
-    B, T = tokens.shape
+    """Return the places of a batch that is read whole, without a cache; each is ``[B, T]``."""
+    B, T = jnp.shape(tokens)
     if positions is None:
         positions = jnp.arange(T, dtype=jnp.int32)[None]
+    positions = jnp.asarray(positions)
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     # The order of positions is the order of places, segment by segment, so they serve both.
     mask = attention_mask(positions, positions, segment_ids, segment_ids, config.sliding_window)
     return Places((B, T), _rope(config, positions), mask)
 
 
-def _rope(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+def _rope(config: ModelConfig, positions: Any) -> tuple[Array, Array]:
     angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)[None, None]
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 

@@ -49,8 +49,8 @@ figure { margin: 0; }
 img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--quiet); font-size: .9rem; margin-top: 8px; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 12px 0 0; padding: 12px; background: var(--page);
-  border: 1px solid var(--line); border-radius: 6px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 12px 0 0; padding: 12px;
+  background: var(--page); border: 1px solid var(--line); border-radius: 6px; }
 dt { font-weight: 600; margin-top: 12px; }
 dd { margin: 0; max-width: 76ch; }
 """

@@ -24,7 +24,7 @@ from jaxdistill.quant.policy import (
 from tests import tiny
 
 CONFIG = tiny.config()
-POLICY = default_policy(QuantSpec(group_size=32), tied=True)
+POLICY = default_policy(QuantSpec(group_size=32, ranges="absmax"), tied=True)
 TRANSFORM = fake_quant_params(POLICY)
 
 
@@ -35,7 +35,12 @@ def teacher() -> dict:
 
 @functools.cache
 def student() -> dict:
-    return add_scales(teacher(), POLICY)
+    """Quantizes with ranges a fifth too narrow, so that weights are clipped."""
+
+    def narrow(path, leaf):
+        return leaf * jnp.float16(0.8) if path[-1].key == "kernel_scale" else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, add_scales(teacher(), POLICY))
 
 
 @functools.cache
