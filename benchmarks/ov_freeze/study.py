@@ -44,6 +44,7 @@ FREEZES = {
     "qkv": [r"/(q|k|v)_proj/kernel"],
     "mlp": [r"/mlp/\w+/kernel"],
 }
+STARTS = ("RTN", "MSE", "GPTQ-MSE", "GPTQ", "p=3")
 RATES = (1e-5, 1e-4, 5e-4)
 
 
@@ -56,6 +57,7 @@ class Cell:
     lr: float
     seed: int = 0
     ce_weight: float = 0.0
+    start: str = "MSE"  # what the student is before training: of STARTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ def studies(name: str) -> tuple[Study, list[Cell]]:
     both = ("none", "ov")
     cells = [Cell(group="channel", freeze=f, lr=1e-4) for f in both]
     cells += [Cell(group="channel", freeze=f, lr=lr) for lr in (5e-4, 1e-5) for f in both]
+    cells += [Cell(group="channel", freeze="none", lr=1e-4, start=x) for x in ("p=3", "GPTQ")]
+    cells += [Cell(group="channel", freeze="ov", lr=1e-4, start="GPTQ")]
     cells += [Cell(group="channel", freeze=f, lr=2e-3) for f in both]
     cells += [Cell(group="channel", freeze=f, lr=1e-4) for f in ("o", "v", "mlp", "qk", "auto")]
     cells += [Cell(group="channel", freeze=f, lr=1e-4, seed=s) for s in (1, 2) for f in both]
@@ -111,9 +115,18 @@ def studies(name: str) -> tuple[Study, list[Cell]]:
     return study, cells
 
 
-def policy_of(study: Study, group: str) -> jd.Policy:
-    """Return the 4-bit policy; a kernel whose inputs 32 does not divide is per channel."""
-    spec = jd.QuantSpec(bits=4, group_size=None if group == "channel" else 32)
+def policy_of(study: Study, group: str, start: str = "MSE") -> jd.Policy:
+    """Return the 4-bit policy; a kernel whose inputs 32 does not divide is per channel.
+
+    RTN rounds to absmax ranges, MSE to those of least error (exponent 2.4), p=3 with exponent 3;
+    GPTQ is on absmax ranges, GPTQ-MSE on those of MSE.
+    """
+    spec = jd.QuantSpec(
+        bits=4,
+        group_size=None if group == "channel" else 32,
+        ranges="absmax" if start in ("RTN", "GPTQ") else "mse",
+        norm=3.0 if start == "p=3" else 2.4,
+    )
     policy = jd.default_policy(spec, tied=True)
     if study.teacher.config.intermediate_size % 32:
         channel = dataclasses.replace(spec, group_size=None)
@@ -125,8 +138,8 @@ def _groups(cells: list[Cell], vectorised: bool) -> Iterator[list[Cell]]:
     """Yield the cells that run together: for a small model all rates and seeds of one plan."""
     left = list(cells)
     while left:
-        plan = (left[0].group, left[0].freeze, left[0].ce_weight)
-        same = [c for c in left if (c.group, c.freeze, c.ce_weight) == plan]
+        plan = dataclasses.replace(left[0], lr=0.0, seed=0)
+        same = [c for c in left if dataclasses.replace(c, lr=0.0, seed=0) == plan]
         chosen = same if vectorised else left[:1]
         yield chosen
         left = [c for c in left if c not in chosen]
@@ -154,30 +167,27 @@ class Runner:
         params = self.study.teacher.params
         return {name: self.judge_stored(stored, params, on) for name, on in self.held.items()}
 
-    def baselines(self) -> None:
-        """Evaluate the teacher and post-training quantization alone."""
+    def baselines(self, done: set[tuple[str, str]]) -> None:
+        """Evaluate the teacher and post-training quantization alone, but for those done."""
         t = self.study.teacher
-        alone = jd.make_evaluator(jd.kd_objective(self.float_apply, None))
-        found = {name: alone(t.params, None, on) for name, on in self.held.items()}
-        write(self.out, {"baseline": "teacher", "group": "", "result": found})
+        if ("teacher", "") not in done:
+            alone = jd.make_evaluator(jd.kd_objective(self.float_apply, None))
+            found = {name: alone(t.params, None, on) for name, on in self.held.items()}
+            write(self.out, {"baseline": "teacher", "group": "", "result": found})
+        for start in STARTS:
+            for group in ("channel", "32"):
+                if (start, group) not in done:
+                    policy = policy_of(self.study, group, start)
+                    result = self.judge(jd.quantize_params(self.start(start, policy), policy))
+                    write(self.out, {"baseline": start, "group": group, "result": result})
+
+    def start(self, name: str, policy: jd.Policy) -> Any:
+        """Return the post-training-quantized params that training starts from."""
+        t = self.study.teacher
+        if not name.startswith("GPTQ"):
+            return jd.add_scales(t.params, policy)
         data = batches(self.packed, batch_size=8, seed=0)
-        for group in ("channel", "32"):
-            policy = policy_of(self.study, group)
-            whole = tuple(
-                (p, spec and dataclasses.replace(spec, ranges="absmax")) for p, spec in policy.rules
-            )
-            for name, make in (
-                ("RTN", lambda whole=whole: jd.add_scales(t.params, jd.Policy(rules=whole))),
-                ("MSE", lambda policy=policy: jd.add_scales(t.params, policy)),
-                (
-                    "GPTQ",
-                    lambda policy=policy: calibrated(
-                        t, policy, [data[i] for i in range(16)], "gptq"
-                    ),
-                ),
-            ):
-                result = self.judge(jd.quantize_params(make(), policy))
-                write(self.out, {"baseline": name, "group": group, "result": result})
+        return calibrated(t, policy, [data[i] for i in range(16)], "gptq")
 
     def patterns(self, cell: Cell, scaled: Any, policy: jd.Policy) -> list[str]:
         """Return what a cell freezes; ``auto`` asks the signal analysis."""
@@ -193,8 +203,8 @@ class Runner:
     def run(self, cells: list[Cell]) -> None:
         """Train the cells of one plan side by side and write their lines."""
         study, first, began = self.study, cells[0], time.perf_counter()
-        t, policy = study.teacher, policy_of(study, first.group)
-        student = jd.add_scales(t.params, policy)
+        t, policy = study.teacher, policy_of(study, first.group, first.start)
+        student = self.start(first.start, policy)
         patterns = self.patterns(first, student, policy)
         for pattern in patterns:
             student = jd.snap(student, policy, pattern)
@@ -243,13 +253,19 @@ class Runner:
                 "seconds": round(trained / len(cells), 1),
             }
             write(self.out, line)
-            if self.save and sound and cell.seed == 0 and cell.freeze in ("none", "ov"):
+            if (
+                self.save
+                and sound
+                and cell.seed == 0
+                and not cell.ce_weight
+                and cell.freeze in ("none", "ov")
+            ):
                 self._keep(cell, stored, policy)
 
     def _keep(self, cell: Cell, stored: Any, policy: jd.Policy) -> None:
         from jaxdistill.models.quantized import save_quantized
 
-        t, name = self.study.teacher, f"{cell.group}-{cell.freeze}-{cell.lr}-{cell.ce_weight}"
+        t, name = self.study.teacher, f"{cell.group}-{cell.freeze}-{cell.start}-{cell.lr:g}"
         self.save.mkdir(parents=True, exist_ok=True)
         save_quantized(self.save / name, t.config, stored, t.tokenizer, policy)
 
@@ -274,15 +290,14 @@ def main() -> None:
     out = HERE / "results" / f"{o.name}.jsonl"
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     keys = [f.name for f in dataclasses.fields(Cell)]
-    finished = {tuple(line[k] for k in keys) for line in done if "lr" in line}
-    cells = [c for c in cells if tuple(getattr(c, k) for k in keys) not in finished]
+    finished = {Cell(**{k: line[k] for k in keys}) for line in done if "lr" in line}
+    cells = [c for c in cells if c not in finished]
     runner = Runner(study, out, o.save)
-    if not any("baseline" in line for line in done):
-        runner.baselines()
     for group in _groups(cells, vectorised=o.name == "stories"):
         if time.monotonic() - began > 60 * o.minutes:
             break
         runner.run(group)
+    runner.baselines({(line["baseline"], line["group"]) for line in done if "baseline" in line})
 
 
 if __name__ == "__main__":

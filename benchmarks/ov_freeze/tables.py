@@ -111,7 +111,7 @@ def _plot(path: Path, title: str, draw: Callable[[Any], None], **axes_options: A
 
 def figures(name: str, cells: list[Line], ptq: float, group: str) -> None:
     """Draw KL against rate, and gradient norm and KL over training with and without ov-freeze."""
-    cells = chosen(cells, group=group, ce_weight=0.0)
+    cells = chosen(cells, group=group, ce_weight=0.0, start="MSE")
 
     def by_rate(axes: Any) -> None:
         for freeze in ORDER:
@@ -177,7 +177,7 @@ def report(name: str) -> str:
             for b in baselines
             if b["baseline"] == "MSE" and b["group"] == group
         )
-        plain = chosen(cells, group=group, ce_weight=0.0)
+        plain = chosen(cells, group=group, ce_weight=0.0, start="MSE")
         if not plain:
             continue
         parts += [f"## Group {group}: held-out KL to the teacher, in domain, by peak rate\n"]
@@ -195,6 +195,18 @@ def report(name: str) -> str:
             parts += ["With cross-entropy as half of the loss; KL in domain, then NLL in domain:\n"]
             parts += [grid_table(mixed, lambda c: spread([value(x, "in", "kl") for x in c]))]
             parts += [grid_table(mixed, lambda c: spread([value(x, "in", "nll") for x in c]))]
+        others = [c for c in chosen(cells, group=group, ce_weight=0.0) if c["start"] != "MSE"]
+        if others:
+            parts += ["From other starts (MSE by p = 3; GPTQ on absmax ranges), one seed:\n"]
+            rows = [
+                [
+                    f"{c['start']}, `{c['freeze']}`, {c['lr']:g}",
+                    *(f"{value(c, text, m):.4f}" for text in ("in", "out") for m in ("kl", "nll")),
+                ]
+                for c in others
+            ]
+            heads = ["start, frozen, rate", "KL, in domain", "NLL", "KL, out of domain", "NLL"]
+            parts += [table(heads, rows)]
         if group == "channel":
             figures(name, cells, ptq, group)
     return "\n".join(parts)
