@@ -29,7 +29,6 @@ CASES = (
     ("rounding to nearest", "mse", {}),
     ("GPTQ", "absmax", {"method": "gptq"}),
     ("AWQ", "mse", {"method": "awq"}),
-    ("GPTQ", "mse", {"method": "gptq"}),
 )
 
 

@@ -33,7 +33,7 @@ p, li { max-width: 76ch; }
 .scroll { overflow-x: auto; padding: 0; }
 table { border-collapse: separate; border-spacing: 0; width: 100%;
   font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; white-space: nowrap;
+th, td { padding: 7px 10px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { font-size: .85rem; font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
@@ -78,7 +78,7 @@ _COLUMNS = """
 the squared gradient by. <em>Added, &times; median</em>: inflation less 1, over that of the median
 projection. <em>Layers above median</em>: layers in which it is inflated more than that layer's
 median projection. Gradients are squared norms summed over layers; SQNR, RMS (of the output) and
-clipped weights are means over layers.</p>
+shares of weights are means over layers.</p>
 """
 
 _READING = f"""
@@ -212,22 +212,11 @@ def _projection_rows(
     arrays: Mapping[str, np.ndarray], advice: Recommendation
 ) -> tuple[list[str], list[list[str]], list[bool]]:
     """Return heads, rows in the order of the ranking, and which rows are recommended."""
-    heads = [
-        "projection",
-        "inflation",
-        "added, × median",
-        "layers above median",
-        "gradient, float",
-        "gradient, PTQ",
-        "SQNR, dB",
-        "least SQNR, dB",
-        "clipped",
-        "RMS, float",
-        "RMS, PTQ",
-        "share of weights",
-    ]
+    heads = ["projection", "inflation", "added, × median", "layers above median"]
+    heads += ["gradient, float", "gradient, PTQ", "SQNR, dB", "least SQNR (layer)"]
     trained = "trained/sqnr" in arrays
     heads += ["SQNR trained, dB", "flipped"] if trained else []
+    heads += ["clipped", "RMS, float", "RMS, PTQ", "share of weights"]
     rows = []
     for s in advice.ranking:
         i = PROJECTIONS.index(s.projection)
@@ -236,21 +225,23 @@ def _projection_rows(
             s.projection,
             f"{s.inflation:.2f}",
             f"{s.ratio:.2f}" if math.isfinite(s.ratio) else "",
-            f"{s.layers_above} of {s.layers}",
+            f"{s.layers_above} / {s.layers}",
             f"{arrays['float/gradient_ce'][:, i].sum():.3g}",
             f"{arrays['ptq/gradient_ce'][:, i].sum():.3g}",
             f"{s.sqnr:.1f}",
-            f"{sqnr.min():.1f} (layer {int(sqnr.argmin())})",
-            f"{arrays['ptq/clipped'][:, i].mean():.2%}",
-            f"{arrays['float/rms'][:, i].mean():.3g}",
-            f"{arrays['ptq/rms'][:, i].mean():.3g}",
-            f"{s.weights:.1%}",
+            f"{sqnr.min():.1f} ({int(sqnr.argmin())})",
         ]
         if trained:
             row += [
                 f"{arrays['trained/sqnr'][:, i].mean():.1f}",
                 f"{arrays['trained/flips'][:, i].mean():.2%}",
             ]
+        row += [
+            f"{arrays['ptq/clipped'][:, i].mean():.2%}",
+            f"{arrays['float/rms'][:, i].mean():.3g}",
+            f"{arrays['ptq/rms'][:, i].mean():.3g}",
+            f"{s.weights:.1%}",
+        ]
         rows.append(row)
     return heads, rows, [s.frozen for s in advice.ranking]
 
@@ -263,7 +254,7 @@ def _model_rows(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
         "model",
         "NLL, nats a token",
         "KL to float, nats a token",
-        "SQNR of the last state, dB",
+        "SQNR at the end, dB",
     ]
     rows = [
         [
