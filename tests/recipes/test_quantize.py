@@ -80,7 +80,7 @@ def test_exports_hold_the_stored_values(run, tmp_path, capsys):
 
 
 def test_every_option_of_the_quantizer_composes(inputs, tmp_path, capsys):
-    """GPTQ start, learned asymmetric ranges, 8-bit activations, the analysed freeze, looks."""
+    """AWQ start, learned asymmetric ranges, 8-bit activations, the analysed freeze, looks."""
     from jaxdistill.recipes.evaluate import Evaluate, evaluate
 
     model, data = inputs
@@ -90,7 +90,7 @@ def test_every_option_of_the_quantizer_composes(inputs, tmp_path, capsys):
         data=data,
         eval_data=data,
         out=out,
-        ptq="gptq",
+        ptq="awq",
         asymmetric=True,
         learn_ranges=True,
         activation_bits="8",
