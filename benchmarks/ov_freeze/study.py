@@ -102,16 +102,14 @@ def studies(name: str) -> tuple[Study, list[Cell]]:
         eval_tokens=4096,
     )
     both = ("none", "ov")
-    cells = [Cell(group="channel", freeze=f, lr=1e-4) for f in both]
-    cells += [Cell(group="channel", freeze=f, lr=lr) for lr in (5e-4, 1e-5) for f in both]
-    cells += [Cell(group="channel", freeze="none", lr=1e-4, start=x) for x in ("p=3", "GPTQ")]
-    cells += [Cell(group="channel", freeze="ov", lr=1e-4, start="GPTQ")]
-    cells += [Cell(group="channel", freeze=f, lr=2e-3) for f in both]
-    cells += [Cell(group="channel", freeze=f, lr=1e-4) for f in ("o", "v", "mlp", "qk", "auto")]
-    cells += [Cell(group="channel", freeze=f, lr=1e-4, seed=s) for s in (1, 2) for f in both]
-    cells += [Cell(group="32", freeze=f, lr=1e-4) for f in both]
-    cells += [Cell(group="channel", freeze=f, lr=1e-4, ce_weight=0.5) for f in both]
-    cells += [Cell(group="channel", freeze="qkv", lr=1e-4)]
+    cells = [Cell(group="channel", freeze=f, lr=lr) for lr in (1e-4, 5e-4, 2e-3) for f in both]
+    cells += [Cell(group="channel", freeze="ov", lr=5e-4, start=x) for x in ("GPTQ", "p=3")]
+    cells += [Cell(group="channel", freeze=f, lr=1e-5) for f in both]
+    cells += [Cell(group="channel", freeze=f, lr=5e-4, seed=s) for s in (1, 2) for f in both]
+    cells += [Cell(group="channel", freeze=f, lr=5e-4) for f in ("o", "v", "mlp", "qk", "qkv")]
+    cells += [Cell(group="32", freeze=f, lr=5e-4) for f in (*both, "auto")]
+    cells += [Cell(group="channel", freeze=f, lr=5e-4, ce_weight=0.5) for f in both]
+    cells += [Cell(group="channel", freeze="auto", lr=5e-4)]
     return study, cells
 
 
