@@ -19,7 +19,7 @@ from benchmarks.ov_freeze.tables import table
 from jaxdistill.evals.choices import choices_name, load_choices
 from jaxdistill.recipes.evaluate import evaluate_choices
 
-SETS = ("arc_easy_train", "piqa_valid_a", "winogrande_val_a", "openbookqa_dev", "hellaswag_val_a")
+SETS = ("arc_easy_train", "piqa_valid_a", "winogrande_val_a", "openbookqa_dev")
 
 
 def main() -> None:

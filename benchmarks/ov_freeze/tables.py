@@ -151,7 +151,7 @@ def figures(name: str, cells: list[Line], ptq: float, group: str) -> None:
         return draw
 
     for metric, what in (("grad_norm", "global gradient norm"), ("kl", "training KL")):
-        title = f"{name}: {what}, without freeze (-) and with ov-freeze (--)"
+        title = f"{name}: {what}; dashed: ov-freeze"
         _plot(HERE / f"{name}_{metric}.png", title, curve(metric), xlabel="step", ylabel=what)
 
 
