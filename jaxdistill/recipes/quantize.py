@@ -141,6 +141,7 @@ def quantize(
         optimizer = adamw(o.lr, o.steps, weight_decay=o.weight_decay)
         probe = held[: max(1, 2048 // (o.batch_size * o.seq_len))]
         quarter = max(1, o.steps // 4)
+        resumed = last_checkpoint(run.checkpoints) if o.resume else None
         looks = [
             Look(
                 o.eval_every or quarter,
@@ -148,9 +149,8 @@ def quantize(
                     f"eval/{k}": v for k, v in judge(quantize_params(params, policy), probe).items()
                 },
             ),
-            *signal_looks(o, teacher, policy, stored, held, run.path),
+            *signal_looks(o, teacher, policy, None if resumed else stored, held, run.path),
         ]
-        resumed = last_checkpoint(run.checkpoints) if o.resume else None
         state = None
         for phase in phases:
             if phase.stop < (resumed or 0):

@@ -62,7 +62,7 @@ def steps_between(o: Quantize) -> int:
 
 
 def signal_looks(
-    o: Quantize, teacher: Model, policy: Policy, stored: Params, held: Any, run: Path
+    o: Quantize, teacher: Model, policy: Policy, stored: Params | None, held: Any, run: Path
 ) -> list[Look]:
     """Return the looks at gradients, SQNR, clipping and flips that the training loop shall take.
 
@@ -70,7 +70,8 @@ def signal_looks(
         o: the options.
         teacher: the float model.
         policy: the student's.
-        stored: the student before training; the first look counts flips from there.
+        stored: the student before training; the first look counts flips from there. None in a
+            resumed run, whose first look has no flips: it does not know the last look's integers.
         held: held-out batches; the first rows of the first one are looked at.
         run: ``signal.jsonl`` is written here, ``{"step", quantity: [L][7]}`` a line.
     """
@@ -95,10 +96,12 @@ def signal_looks(
         began = time.perf_counter()
         flat, arrays = probe(teacher.params, params, batch)
         now = quantize_params(params, policy)
-        flips = by_projection(flip_rate(before, now), teacher.config.num_layers)
+        if before is not None:
+            flips = by_projection(flip_rate(before, now), teacher.config.num_layers)
+            means = flips.mean(axis=0)
+            flat |= {f"signal/{p}/flips": float(means[i]) for i, p in enumerate(PROJECTIONS)}
+            arrays["flips"] = flips.tolist()
         before = now
-        flat |= {f"signal/{p}/flips": float(flips[:, i].mean()) for i, p in enumerate(PROJECTIONS)}
-        arrays["flips"] = flips.tolist()
         with (run / "signal.jsonl").open("a") as f:
             f.write(json.dumps({"step": step, "projections": PROJECTIONS} | arrays) + "\n")
         return flat | {"signal/seconds": time.perf_counter() - began}

@@ -24,9 +24,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read every whole row of a run's ``metrics.jsonl``; one cut off by a kill is left out."""
-    path = run / "metrics.jsonl"
+def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Read every whole row of one of a run's logs; one cut off by a kill is left out."""
+    path = run / name
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -85,11 +85,12 @@ class RunDirectory:
         return self.path / "student"
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics of steps after ``step``: the resumed run will write them again."""
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        part = self.path / "metrics.jsonl.part"
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(part, self.path / "metrics.jsonl")
+        """Drop what the logs hold of steps after ``step``: the resumed run will write it again."""
+        for log in {"metrics.jsonl", *(path.name for path in self.path.glob("*.jsonl"))}:
+            kept = [row for row in read_metrics(self.path, log) if row["step"] <= step]
+            part = self.path / f"{log}.part"
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(part, self.path / log)
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append one row to ``metrics.jsonl`` and to TensorBoard."""

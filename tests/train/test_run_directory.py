@@ -18,8 +18,10 @@ def test_explains_itself_and_rewinds(tmp_path):
     assert config["environment"]["packages"]["jax"]
     with (tmp_path / "r" / "metrics.jsonl").open("a") as f:
         f.write('{"step": 4, "lo')  # cut off by a kill
+    (tmp_path / "r" / "signal.jsonl").write_text('{"step": 2}\n{"step": 3}\n{"step"')
     again = RunDirectory(tmp_path / "r", {"lr": 0.1, "seed": 0}, resume=True)
     again.rewind(2)
+    assert (tmp_path / "r" / "signal.jsonl").read_text() == '{"step": 2}\n'
     again.log(3, {"loss": 5.0})
     again.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "r")] == [
