@@ -18,7 +18,7 @@ from smollm2 import SMOLLM2, abstract_params
 from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.objective import kd_objective, next_token_targets
 from jaxdistill.kd.step import adamw, init_state, make_step
-from jaxdistill.losses.divergences import cross_entropy, forward_kl
+from jaxdistill.losses.divergences import ce, forward_kl
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import default_policy, fake_quant_params
@@ -35,7 +35,7 @@ def dense_objective(student, teacher):
         z_t = teacher(teacher_params, batch["tokens"]).logits().reshape(-1, SMOLLM2.vocab_size)
         count = jnp.sum(mask, dtype=jnp.float32)
         kl = jnp.sum(jnp.where(mask, forward_kl(z_s, z_t), 0.0))
-        nll = jnp.sum(jnp.where(mask, cross_entropy(z_s, targets), 0.0))
+        nll = jnp.sum(jnp.where(mask, ce(z_s, targets), 0.0))
         same = jnp.sum((jnp.argmax(z_s, -1) == jnp.argmax(z_t, -1)) & mask, dtype=jnp.float32)
         metrics = {"loss": (kl, count), "nll": (nll, count), "agreement": (same, count)}
         return kl, count, metrics

@@ -3,8 +3,9 @@
 Everything is a pure function of pytrees:
 
     ApplyFn    (params, tokens[B, T], positions, segment_ids) -> Output(hidden[B, T, D], head[V, D])
-    Transform  params -> params                            fake quantization, dequantization
+    Transform  params -> params                            fake quantization, LoRA merge
     Objective  (params, teacher_params, batch) -> (loss_sum, count, metrics)
+    Rollout    (params, batch, step) -> batch              the student's own text
     Optimizer  an optax.GradientTransformation             ov-freeze is a mask around one
     step       (state, teacher_params, batch) -> (state, metrics)
 
@@ -18,12 +19,18 @@ Axis letters, in shape suffixes and annotations:
 from jaxdistill import _quiet as _quiet
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import make_evaluator
+from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
 from jaxdistill.kd.freeze import OV_PATTERN, freeze, ov_freeze
 from jaxdistill.kd.objective import kd_objective
+from jaxdistill.kd.rollout import make_rollout
+from jaxdistill.kd.schedule import schedule_of
 from jaxdistill.kd.step import TrainState, adamw, init_state, make_step
+from jaxdistill.losses.loss import Loss, parse_loss
+from jaxdistill.models.cut import cut_layers, cut_width
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.models.generate import Sampling, generate
 from jaxdistill.models.hub import Model, load_model
+from jaxdistill.models.lora import LORA_FREEZE, add_lora, merge_lora
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import (
     Policy,
@@ -36,7 +43,9 @@ from jaxdistill.quant.policy import (
 )
 
 __all__ = [
+    "LORA_FREEZE",
     "OV_PATTERN",
+    "Loss",
     "Model",
     "Policy",
     "QuantSpec",
@@ -44,7 +53,11 @@ __all__ = [
     "TrainState",
     "UserError",
     "adamw",
+    "add_lora",
     "add_scales",
+    "cross_tokenizer_objective",
+    "cut_layers",
+    "cut_width",
     "default_policy",
     "dequantize_params",
     "fake_quant_params",
@@ -55,8 +68,12 @@ __all__ = [
     "load_model",
     "make_apply",
     "make_evaluator",
+    "make_rollout",
     "make_step",
+    "merge_lora",
     "ov_freeze",
+    "parse_loss",
     "quantize_params",
+    "schedule_of",
     "snap",
 ]

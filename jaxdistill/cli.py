@@ -11,17 +11,28 @@ from rich.console import Console
 
 from jaxdistill.errors import UserError
 from jaxdistill.recipes.analyze import Analyze, analyze
+from jaxdistill.recipes.cache_teacher import CacheTeacher, cache_teacher
 from jaxdistill.recipes.demo import Demo, demo
+from jaxdistill.recipes.distill import Distill, distill
 from jaxdistill.recipes.evaluate import Evaluate, evaluate
 from jaxdistill.recipes.export import Export, export
 from jaxdistill.recipes.generate import Generate, generate
+from jaxdistill.recipes.objectives import (
+    Objectives,
+    objectives,
+    objectives_markdown,
+    objectives_table,
+)
 from jaxdistill.recipes.quantize import Quantize, quantize
 from jaxdistill.report.table import choices_table, result_table
 
 VERBS = {
     "quantize": Quantize,
+    "distill": Distill,
     "evaluate": Evaluate,
     "analyze": Analyze,
+    "cache-teacher": CacheTeacher,
+    "objectives": Objectives,
     "export": Export,
     "generate": Generate,
     "demo": Demo,
@@ -36,6 +47,10 @@ def run(options: Any) -> None:
             results = quantize(options)
             if options.json:
                 print(json.dumps(results))
+        case Distill():
+            results = distill(options)
+            if options.json:
+                print(json.dumps(results))
         case Evaluate():
             result = evaluate(options)
             if options.json:
@@ -48,6 +63,23 @@ def run(options: Any) -> None:
             report = analyze(options)
             if options.json:
                 print(json.dumps(report))
+        case CacheTeacher():
+            made = cache_teacher(options)
+            if options.json:
+                print(json.dumps(made))
+            else:
+                print(
+                    f"{options.out}: {made['tokens']:,} tokens in {made['bytes'] / 1e6:,.1f} MB, "
+                    f"{made['bytes_per_token']} bytes a token, {made['kept']:.2%} of the "
+                    f"probability kept, {made['tokens_per_second']:,.0f} tokens/s"
+                )
+        case Objectives():
+            if options.json:
+                print(json.dumps(objectives()))
+            elif options.markdown:
+                print(objectives_markdown(), end="")
+            else:
+                out.print(objectives_table())
         case Export():
             print(export(options))
         case Generate():

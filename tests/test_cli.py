@@ -102,6 +102,9 @@ def test_bad_inputs_are_one_line_and_write_nothing(inputs, tmp_path, capsys):
     assert not out.exists()
 
     other = tiny.save_model(tmp_path / "other", vocab_size=300)
+    larger = tiny.byte_tokenizer()
+    larger.add_tokens(["the quick"])
+    larger.save_pretrained(other)
     said = fails(capsys, "evaluate", "--model", model, "--teacher", other, "--data", data)
     assert "300" in said and "260" in said and "vocabulary" in said
     said = fails(capsys, "export", "--run", model, "--format", "gguf", "--out", str(tmp_path / "g"))

@@ -207,7 +207,8 @@ class Runner:
         for pattern in patterns:
             student = jd.snap(student, policy, pattern)
         forward = jd.make_apply(t.config, transform=jd.fake_quant_params(policy))
-        objective = jd.kd_objective(forward, self.float_apply, ce_weight=first.ce_weight)
+        loss = f"{1 - first.ce_weight}*forward_kl+{first.ce_weight}*ce"
+        objective = jd.kd_objective(forward, self.float_apply, loss)
 
         def optimizer(lr):
             return jd.freeze(jd.adamw(lr, study.steps), patterns)

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.errors import UserError
-from jaxdistill.losses.divergences import cross_entropy
+from jaxdistill.losses.divergences import ce
 from jaxdistill.models.tokenizer import Tokenizer
 
 
@@ -164,7 +164,7 @@ def _score(
         logits = jnp.einsum(
             "nd,vd->nv", hidden_ND[place], out.head, preferred_element_type=jnp.float32
         )
-        new = (-cross_entropy(logits, target), jnp.argmax(logits, axis=-1) == target)
+        new = (-ce(logits, target), jnp.argmax(logits, axis=-1) == target)
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return tuple(put(old, x) for old, x in zip(carry, new, strict=True))
 

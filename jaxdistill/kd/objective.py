@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from jaxdistill.losses.chunked import chunked_sums
-from jaxdistill.losses.divergences import cross_entropy, forward_kl
-from jaxdistill.models.decoder import ApplyFn, Params
+from jaxdistill.errors import UserError
+from jaxdistill.kd import states as _states  # this and the next two fill the registry
+from jaxdistill.kd import teachers as _teachers  # noqa: F401
+from jaxdistill.kd import token_weights as _token_weights  # noqa: F401
+from jaxdistill.losses.chunked import Head, chunked_sums
+from jaxdistill.losses.divergences import ce, forward_kl
+from jaxdistill.losses.loss import Loss, Term, parse_loss, parse_term
+from jaxdistill.losses.top_k import TopK, with_tail
+from jaxdistill.models.decoder import ApplyFn, Output, Params
 
-Batch = dict[str, Array]  # tokens, loss_mask, segment_ids, positions, each [B, T]
+# tokens, loss_mask, segment_ids, positions [B, T]; where there are any: weights [B, T] and a cached
+# teacher's teacher_log_probs and teacher_indices [B, T, k], teacher_log_tail [B, T].
+Batch = dict[str, Array]
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # name -> (sum, count)
 
 
@@ -20,7 +30,11 @@ class Objective(Protocol):
     """Score a student on a batch; means are taken over (sum, count), never over padding."""
 
     def __call__(
-        self, params: Params, teacher_params: Params | None, batch: Batch
+        self,
+        params: Params,
+        teacher_params: Any,
+        batch: Batch,
+        knobs: Mapping[str, Array] = ...,
     ) -> tuple[Float[Array, ""], Float[Array, ""], Metrics]:
         """Return the loss's sum, the count that it is a sum over, and the metrics."""
         ...
@@ -37,73 +51,186 @@ def next_token_targets(batch: Batch) -> tuple[Array, Array]:
     return targets.reshape(-1), mask.reshape(-1)
 
 
+def row_data(batch: Batch) -> dict[str, Any]:
+    """Return what each place needs to know, ``[B*T, ...]``: targets, mask, weights, cache."""
+    targets, mask = next_token_targets(batch)
+    row: dict[str, Any] = {"targets": targets, "mask": mask}
+    if "weights" in batch:
+        row["weights"] = jnp.roll(batch["weights"].astype(jnp.float32), -1, axis=1).reshape(-1)
+    if "teacher_indices" in batch:
+        flat = [
+            batch[f"teacher_{name}"].reshape(targets.shape[0], *shape)
+            for name, shape in (("log_probs", (-1,)), ("indices", (-1,)), ("log_tail", ()))
+        ]
+        # Ids of 16 bits on disk; log-probabilities of 16 bits need not add up to 1 exactly.
+        row["cached"] = TopK(
+            flat[0].astype(jnp.float32), flat[1].astype(jnp.int32), flat[2].astype(jnp.float32)
+        )
+    return row
+
+
+def head_of(out: Output, vocab_size: int | None = None) -> Head:
+    """Return a model's head over the first ``vocab_size`` tokens (None: all), token-major."""
+    kernel = out.head if vocab_size is None else out.head[:vocab_size]
+    return Head(out.hidden.reshape(-1, out.hidden.shape[-1]), kernel, out.softcap)
+
+
 def kd_objective(
     student: ApplyFn,
-    teacher: ApplyFn | None,
+    teacher: ApplyFn | Sequence[ApplyFn] | None = None,
+    loss: str | Loss | None = None,
     *,
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
+    mixture: str | Term = "mean",
+    token_weight: str | Term | None = None,
+    correction: str | Term | None = None,
+    top_k: int = 0,
+    vocab_size: int | None = None,
     chunk: int = 256,
     fused: bool = True,
 ) -> Objective:
-    """Build logit distillation: ``(1 - w) * forward_kl + w * cross_entropy`` a target token.
+    """Build the distillation of one vocabulary: any loss, of any teacher, into any student.
 
     Args:
-        student: the student's ``ApplyFn``, its transform (fake quantization) inside.
-        teacher: the teacher's ``ApplyFn``; None trains on cross-entropy alone (``ce_weight`` 1).
-        temperature: softens both distributions of the divergence, which is scaled by its square.
-        ce_weight: ``w`` in [0, 1].
+        student: the student's ``ApplyFn``, its transform (fake quantization) inside. For losses on
+            hidden states or attention it must return ``(Output, states)``, see ``kd.states``; so
+            must the teacher then.
+        teacher: the teacher's ``ApplyFn``, or several, whose params are then a sequence too. None
+            where the batch brings a cached teacher (``kd.teacher_cache``) or the loss needs none.
+        loss: what to minimise, as ``losses.loss.parse_loss`` reads it; ``forward_kl`` by default,
+            without a teacher ``ce``.
+        mixture: how several teachers become one distribution (``kd.teachers``).
+        token_weight: weighs each token by its teachers (``kd.token_weights``).
+        correction: puts the teacher right by the labels (``kd.teachers``).
+        top_k: see the teacher through its k likeliest tokens and a tail bucket; 0 for all of it.
+        vocab_size: tokens of a padded vocabulary that exist; None for all rows of the head.
         chunk: tokens whose logits exist at once.
         fused: see ``losses.chunked``; False where the objective is differentiated twice.
 
     Returns:
-        an ``Objective`` whose metrics are ``loss``, ``nll``, and with a teacher ``kl`` (at
-        temperature 1, in nats) and ``agreement`` (equal argmax).
+        an ``Objective`` whose metrics are ``loss``, ``nll``, and with a teacher ``kl`` (of the
+        mixture, uncorrected, at temperature 1 or a cache's, in nats) and ``agreement`` (equal
+        argmax). Where tokens have weights the loss is the weighted mean; metrics are not weighed.
     """
+    teachers = (teacher,) if callable(teacher) else tuple(teacher or ())
+    mix = parse_term(mixture, "mixture") if isinstance(mixture, str) else mixture
+    if isinstance(token_weight, str):
+        token_weight = parse_term(token_weight, "token_weight")
+    if isinstance(correction, str):
+        correction = parse_term(correction, "correction")
+    given = parse_loss(loss, "divergence", "states") if isinstance(loss, str) else loss
 
-    def rows(z_student, z_teacher, targets, mask):
-        count = jnp.sum(mask, dtype=jnp.float32)
+    def guide_of(guides: tuple[Array, ...], row: dict[str, Any]) -> Array | TopK | None:
+        if not guides:
+            return row.get("cached")
+        if len(guides) == 1:
+            return guides[0]
+        return mix.entry.function(guides, row["targets"], **mix.given({}))
 
-        def total(values):
+    def rows(z, guides, row, knobs):
+        mask, targets = row["mask"], row["targets"]
+
+        def total(values, weights=None):
+            values = values if weights is None else weights * values
             return jnp.sum(jnp.where(mask, values, jnp.zeros_like(values)))
 
-        nll = total(cross_entropy(z_student, targets))
-        if z_teacher is None:
-            return {"loss": nll, "nll": nll, "count": count}
-        divergence = forward_kl(z_student, z_teacher, temperature=temperature)
-        kl = divergence if temperature == 1.0 else forward_kl(z_student, z_teacher)
-        same = jnp.argmax(z_student, -1) == jnp.argmax(z_teacher, -1)
-        loss = total(divergence)
-        if ce_weight:
-            loss = (1 - ce_weight) * loss + ce_weight * nll
-        return {
-            "loss": loss,
-            "nll": nll,
-            "kl": total(kl),
-            "agreement": total(same.astype(jnp.float32)),
+        guide = guide_of(guides, row)
+        goal = guide
+        if correction is not None:
+            if not isinstance(guide, Array):
+                raise UserError("a correction by labels needs a live teacher; give one")
+            goal = correction.entry.function(guide, targets, **correction.given({}))
+        weights = row.get("weights")
+        if token_weight is not None:
+            seen = guides or ((with_tail(z, guide)[1],) if isinstance(guide, TopK) else ())
+            if not seen:
+                raise UserError(f"{token_weight.entry.name} weighs by a teacher; give one")
+            found = token_weight.entry.function(seen, **token_weight.given({}))
+            found = lax.stop_gradient(found)
+            weights = found if weights is None else weights * found
+        what = given or _DEFAULTS[guide is not None]
+        if what.needs_teacher and guide is None:
+            raise UserError(
+                "the loss compares with a teacher, and neither a teacher nor a batch with a cached "
+                "one is there; give one, or use ce"
+            )
+        count = jnp.sum(mask, dtype=jnp.float32)
+        sums = {
+            "loss": total(what.rows(z, goal, targets, knobs, top_k=top_k), weights),
+            "nll": total(ce(z, targets)),
             "count": count,
+            "weight": count if weights is None else total(weights),
         }
+        if guide is not None:
+            at = _cached_temperature(what) if isinstance(guide, TopK) else 1.0
+            pair = with_tail(z, guide, at) if isinstance(guide, TopK) else (z, guide)
+            kl = forward_kl(*pair, temperature=at) / at**2
+            top = guide.indices[:, 0] if isinstance(guide, TopK) else jnp.argmax(guide, -1)
+            same = jnp.argmax(z, -1) == top
+            sums |= {"kl": total(kl), "agreement": total(same.astype(jnp.float32))}
+        return sums
 
-    def flat(x: Array) -> Array:
-        return x.reshape(-1, x.shape[-1])
-
-    def objective(params: Params, teacher_params: Params | None, batch: Batch):
+    def objective(
+        params: Params, teacher_params: Any, batch: Batch, knobs: Mapping[str, Array] = {}
+    ):
         inputs = (batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
-        targets, mask = next_token_targets(batch)
-        out = student(params, *inputs)
-        guide = None if teacher is None else teacher(teacher_params, *inputs)  # pyright: ignore
+        out, student_states = _split(student(params, *inputs))
+        own = (teacher_params,) if callable(teacher) else tuple(teacher_params if teachers else ())
+        guides = [_split(t(p, *inputs)) for t, p in zip(teachers, own, strict=True)]
+        row = row_data(batch)
+        heads = [head_of(o, vocab_size) for o in (out, *(guide for guide, _ in guides))]
+        _check_vocabularies([head.kernel.shape[0] for head in heads], vocab_size)
+        heads = [_without(head, row["mask"]) for head in heads]
         sums: dict[str, Any] = chunked_sums(
             rows,
-            flat(out.hidden),
-            out.head,
-            None if guide is None else flat(guide.hidden),
-            None if guide is None else guide.head,
-            targets,
-            mask,
+            heads[0],
+            heads[1:],
+            row,
+            dict(knobs),
             chunk=chunk,
             fused=fused,
         )
-        count = sums.pop("count")
-        return sums["loss"], count, {name: (value, count) for name, value in sums.items()}
+        count, weight = sums.pop("count"), sums.pop("weight")
+        pairs = {name: (value, count) for name, value in sums.items()}
+        for term in given.of_kind("states") if given else ():
+            values = _states.values_of(term, params, student_states, guides, batch, knobs)
+            mean = jnp.sum(jnp.where(row["mask"], values, 0.0)) / jnp.maximum(count, 1.0)
+            sums["loss"] = sums["loss"] + term.weight * weight * mean
+            pairs[term.entry.name] = (mean * count, count)
+        pairs["loss"] = (sums["loss"], weight)
+        return sums["loss"], weight, pairs
 
     return objective
+
+
+_DEFAULTS = {True: parse_loss("forward_kl"), False: parse_loss("ce")}
+
+
+def _check_vocabularies(sizes: list[int], vocab_size: int | None) -> None:
+    """Raise ``UserError`` where heads differ, or have too few rows."""
+    if len(set(sizes)) > 1:
+        raise UserError(
+            f"the student's head has {sizes[0]} rows, its teachers' {sizes[1:]}: give the tokens "
+            "that all share as vocab_size where rows are padding, else a cross-tokenizer loss"
+        )
+    if vocab_size is not None and sizes[0] < vocab_size:
+        raise UserError(f"vocab_size={vocab_size} given, and the heads have {sizes[0]} rows")
+
+
+def _without(head: Head, mask: Array) -> Head:
+    """Return the head without the rows that do not count: not even infinities get out of them."""
+    return head._replace(hidden=jnp.where(mask[:, None], head.hidden, jnp.zeros_like(head.hidden)))
+
+
+def _cached_temperature(loss: Loss) -> float:
+    """Return the temperature that a cached teacher was softened by: that of the loss on it."""
+    given = [
+        term.arguments.get("temperature", 1.0)
+        for term in loss.of_kind("divergence")
+        if "teacher_logits" in term.entry.inputs
+    ]
+    return next((value for value in given if isinstance(value, float)), 1.0)
+
+
+def _split(out: Any) -> tuple[Output, Any]:
+    """Return a model's output and its states, None where it gives none."""
+    return (out, None) if isinstance(out, Output) else out

@@ -13,22 +13,31 @@ from jaxtyping import Array
 
 from jaxdistill.kd.freeze import combine, freeze_mask, partition, zeros_for_frozen
 from jaxdistill.kd.objective import Batch, Metrics, Objective
+from jaxdistill.kd.schedule import Schedule
 from jaxdistill.models.decoder import Params
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Hold everything a step changes: the count of updates, float32 masters, optimizer state."""
+    """Hold everything a step changes: updates done, float32 masters, optimizer, schedule."""
 
     step: Any  # int32 []; not checked, for jax also builds states of shapes and of donation marks
     params: Params
     opt_state: Any
+    schedule: Any = ()
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params, tx: optax.GradientTransformation, schedule: Schedule | None = None
+) -> TrainState:
     """Return the state before the first step; it owns copies, for the step donates its state."""
     params = jax.tree.map(jnp.array, params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        schedule=schedule.init() if schedule else (),
+    )
 
 
 def adamw(
@@ -69,9 +78,21 @@ def adamw(
     )
 
 
+def _moved_on(schedule: Schedule | None, state: TrainState, loss: tuple[Array, Array]) -> Any:
+    """Return the schedule's state after a step of this (loss sum, count)."""
+    if schedule is None:
+        return state.schedule
+    return schedule.update(state.schedule, state.step, loss[0] / jnp.maximum(loss[1], 1.0))
+
+
 def make_step(
-    objective: Objective, tx: optax.GradientTransformation, *, accumulate: int = 1
-) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    rollout: Callable[[Params, Batch, Array], Batch] | None = None,
+    schedule: Schedule | None = None,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Build the jitted step.
 
     Gradients are taken of the trainable part of the params alone (``tx.freeze_mask``, where ``tx``
@@ -83,22 +104,30 @@ def make_step(
         tx: any optax optimizer, usually ``ov_freeze(...)`` of one.
         accumulate: micro-batches a step; the batch's rows are divided among them, and the loss is
             the same mean over all their tokens.
+        rollout: ``(params, batch, step) -> batch``, which may put the student's own text in place
+            of the data's before the loss is taken (``kd.rollout``); no gradient passes through it.
+        schedule: hands the objective its ``knobs`` (``kd.schedule``); ``init_state`` needs it too.
     """
     mask_of = getattr(tx, "freeze_mask", freeze_mask)
 
-    def sums_and_gradient(trainable, frozen, teacher_params, batch):
+    def sums_and_gradient(trainable, frozen, teacher_params, batch, knobs):
         def loss(trainable):
-            total, count, metrics = objective(combine(trainable, frozen), teacher_params, batch)
+            total, count, metrics = objective(
+                combine(trainable, frozen), teacher_params, batch, *knobs
+            )
             return total, (count, metrics)
 
         (_, (count, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
         return gradient, count, metrics
 
-    def step(state: TrainState, teacher_params: Params | None, batch: Batch):
+    def step(state: TrainState, teacher_params: Any, batch: Batch):
         trainable, frozen = partition(state.params, mask_of(state.params))
+        knobs = (schedule.knobs(state.schedule, state.step),) if schedule else ()
+        if rollout:
+            batch = rollout(jax.lax.stop_gradient(state.params), batch, state.step)
 
         def micro(part: Batch):
-            return sums_and_gradient(trainable, frozen, teacher_params, part)
+            return sums_and_gradient(trainable, frozen, teacher_params, part, knobs)
 
         if accumulate == 1:
             gradient, count, metrics = micro(batch)
@@ -118,8 +147,15 @@ def make_step(
             )
         updates = partition(cast(Params, updates), mask_of(state.params))[0]
         moved = cast(Params, optax.apply_updates(trainable, updates))
-        metrics = metrics | {"grad_norm": (optax.tree.norm(gradient), jnp.ones(()))}
-        new = TrainState(step=state.step + 1, params=combine(moved, frozen), opt_state=opt_state)
+        ones = jnp.ones(())
+        metrics = metrics | {"grad_norm": (optax.tree.norm(gradient), ones)}
+        metrics |= {knob: (value, ones) for knob, value in (knobs[0] if knobs else {}).items()}
+        new = TrainState(
+            step=state.step + 1,
+            params=combine(moved, frozen),
+            opt_state=opt_state,
+            schedule=_moved_on(schedule, state, metrics["loss"]),
+        )
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,28 +1,44 @@
 """Sums over tokens of a function of their logits, without ever holding all the logits.
 
-Hidden states and heads go in; logits of one chunk of tokens exist at a time, the teacher's
+Hidden states and heads go in; logits of one chunk of tokens exist at a time, those of every teacher
 included. ``fused`` computes loss, ``dL/dhidden`` and ``dL/dhead`` in the same pass over the chunks,
 so that the logits are made once; the other form recomputes them in the backward pass and may be
-differentiated any number of times, which data set distillation needs.
+differentiated any number of times and by all inputs, which data set distillation needs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-# (student logits [n, V], teacher logits [n, V] or None, targets [n], mask [n]) -> sums, one of them
-# "loss"
-RowsFn = Callable[[Array, Array | None, Array, Array], dict[str, Array]]
+# (student logits [n, V], each teacher's logits [n, V], rows' data, shared data) -> sums, one of
+# them "loss"
+RowsFn = Callable[[Array, tuple[Array, ...], Any, Any], dict[str, Array]]
 
 
-def _logits(hidden: Array, head: Array) -> Array:
-    return jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
+class Head(NamedTuple):
+    """Hold what logits are made of: ``hidden @ kernel.T``, where asked for capped softly.
+
+    Attributes:
+        hidden: final hidden states, token-major.
+        kernel: rows of a padded vocabulary must be cut off beforehand, for they would take part.
+        softcap: logits become ``softcap * tanh(z / softcap)`` (Gemma 2, arXiv 2408.00118).
+    """
+
+    hidden: Float[Array, "N D"]
+    kernel: Float[Array, "V D"]
+    softcap: Any = None
+
+    def logits(self) -> Float[Array, "N V"]:
+        """Return the float32 logits."""
+        z = jnp.einsum("nd,vd->nv", self.hidden, self.kernel, preferred_element_type=jnp.float32)
+        return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
 
 
 def _pad_and_split(x: Array, chunk: int) -> Array:
@@ -34,12 +50,10 @@ def _pad_and_split(x: Array, chunk: int) -> Array:
 
 def chunked_sums(
     rows_fn: RowsFn,
-    hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
-    teacher_hidden: Float[Array, "N E"] | None,
-    teacher_head: Float[Array, "V E"] | None,
-    targets: Int[Array, "N"],
-    mask: Bool[Array, "N"],
+    student: Head,
+    teachers: Sequence[Head],
+    rows: Any,
+    shared: Any = None,
     *,
     chunk: int = 256,
     fused: bool = True,
@@ -47,71 +61,72 @@ def chunked_sums(
     """Return ``rows_fn``'s sums over all tokens, chunk by chunk.
 
     Args:
-        rows_fn: maps one chunk of logits to a dict of scalar sums over its unmasked rows; only
-            ``"loss"`` is differentiated, by ``hidden`` and ``head``, the rest are metrics. The
-            teacher gets no gradient.
-        hidden: the student's final hidden states, token-major.
-        head: the student's head; logits are ``hidden @ head.T``.
-        teacher_hidden: the teacher's hidden states, or None where ``rows_fn`` needs no teacher.
-        teacher_head: the teacher's head, or None.
-        targets: token ids, each row's next token.
-        mask: rows that count.
+        rows_fn: maps one chunk of logits to a dict of scalar sums over its rows; only ``"loss"`` is
+            differentiated, by the student's hidden states and kernel, the rest are metrics. The
+            teachers get no gradient.
+        student: the student's head.
+        teachers: any number of them, none included.
+        rows: any tree of arrays ``[N, ...]``: targets, weights. The last chunk is filled up with
+            zeros, so a mask must be among them and say False where its entry is 0.
+        shared: any tree of arrays that every chunk sees whole.
         chunk: tokens whose logits exist at once; the memory is about ``4 * chunk * V * 4`` bytes.
-        fused: make the gradients in the forward pass (first order only).
+        fused: make the gradients in the forward pass (first order, by ``student`` only).
 
     Returns:
         float32 scalars.
     """
-    chunk = min(chunk, hidden.shape[0])
+    chunk = min(chunk, student.hidden.shape[0])
     split = functools.partial(_pad_and_split, chunk=chunk)
-    data = (None if teacher_hidden is None else split(teacher_hidden), split(targets), split(mask))
+    fixed = (tuple((t.kernel, t.softcap) for t in teachers), student.softcap, shared)
+    data = (tuple(split(t.hidden) for t in teachers), jax.tree.map(split, rows))
 
-    def one(h: Array, head: Array, teacher_head: Array | None, rest: tuple) -> dict[str, Array]:
-        h_teacher, target, keep = rest
-        z_teacher = None
-        if h_teacher is not None:
-            assert teacher_head is not None
-            z_teacher = lax.stop_gradient(_logits(h_teacher, teacher_head))
-        return rows_fn(_logits(h, head), z_teacher, target, keep)
+    def one(h: Array, kernel: Array, fixed: tuple, chunk_data: tuple) -> dict[str, Array]:
+        heads, softcap, shared = fixed
+        hidden, row = chunk_data
+        guides = tuple(
+            lax.stop_gradient(Head(x, *head).logits())
+            for x, head in zip(hidden, heads, strict=True)
+        )
+        return rows_fn(Head(h, kernel, softcap).logits(), guides, row, shared)
 
-    def forward(h_chunks: Array, head: Array, teacher_head: Array | None, data: tuple):
+    def forward(h_chunks: Array, kernel: Array, fixed: tuple, data: tuple):
         def body(sums, x):
-            new = one(x[0], head, teacher_head, x[1])
-            return jax.tree.map(jnp.add, sums, new), None
+            return jax.tree.map(jnp.add, sums, one(x[0], kernel, fixed, x[1])), None
 
         shapes = jax.eval_shape(
-            lambda x: one(x[0], head, teacher_head, x[1]),
+            lambda x: one(x[0], kernel, fixed, x[1]),
             jax.tree.map(lambda a: a[0], (h_chunks, data)),
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return lax.scan(jax.checkpoint(body), zeros, (h_chunks, data))[0]
 
     if not fused:
-        return forward(split(hidden), head, teacher_head, data)
+        return forward(split(student.hidden), student.kernel, fixed, data)
 
     @jax.custom_vjp
-    def sums(h_chunks, head, teacher_head, data):
-        return forward(h_chunks, head, teacher_head, data)
+    def sums(h_chunks, kernel, fixed, data):
+        return forward(h_chunks, kernel, fixed, data)
 
-    def sums_fwd(h_chunks, head, teacher_head, data):
-        def body(d_head, x):
+    def sums_fwd(h_chunks, kernel, fixed, data):
+        def body(d_kernel, x):
             def loss(h, e):
-                out = one(h, e, teacher_head, x[1])
+                out = one(h, e, fixed, x[1])
                 return out["loss"], out
 
             (_, out), (d_h, d_e) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-                x[0], head
+                x[0], kernel
             )
-            return d_head + d_e.astype(jnp.float32), (out, d_h)
+            return d_kernel + d_e.astype(jnp.float32), (out, d_h)
 
-        start = jnp.zeros(head.shape, jnp.float32)
-        d_head, (out, d_h) = lax.scan(body, start, (h_chunks, data))
-        return jax.tree.map(lambda s: jnp.sum(s, axis=0), out), (d_h, d_head.astype(head.dtype))
+        start = jnp.zeros(kernel.shape, jnp.float32)
+        d_kernel, (out, d_h) = lax.scan(body, start, (h_chunks, data))
+        sums = jax.tree.map(lambda s: jnp.sum(s, axis=0), out)
+        return sums, (d_h, d_kernel.astype(kernel.dtype))
 
     def sums_bwd(saved, cotangent):
-        d_h, d_head = saved
+        d_h, d_kernel = saved
         ct = cotangent["loss"]
-        return d_h * ct.astype(d_h.dtype), d_head * ct.astype(d_head.dtype), None, None
+        return d_h * ct.astype(d_h.dtype), d_kernel * ct.astype(d_kernel.dtype), None, None
 
     sums.defvjp(sums_fwd, sums_bwd)
-    return sums(split(hidden), head, teacher_head, data)
+    return sums(split(student.hidden), student.kernel, fixed, data)

@@ -1,28 +1,287 @@
-"""Divergences over rows of logits: each takes ``[N, V]`` logits, returns ``[N]`` values in nats."""
+"""Divergences over rows of logits: each takes ``[N, V]`` logits, returns ``[N]`` values in nats.
+
+``p`` is the teacher's and ``q`` the student's ``softmax(z / temperature)``; every divergence of the
+two is multiplied by ``temperature^2``, which keeps the size of its gradient (Hinton et al., arXiv
+1503.02531). All are computed in float32.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdistill.losses.registry import register
+
+Scalar = float | int | Float[Array, ""]  # traced where it follows a schedule
+Logits = Float[Array, "N V"]
+Values = Float[Array, "N"]
 
 
+def log_probs(logits: Logits, temperature: Scalar = 1.0) -> Logits:
+    """Return float32 ``log softmax(logits / temperature)``."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+
+
+def kl(log_p: Logits, log_q: Logits) -> Values:
+    """Return ``sum_v p log(p / q)`` of log-probabilities."""
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _mixed(log_a: Logits, log_b: Logits, share: Scalar) -> Logits:
+    """Return ``log(share * a + (1 - share) * b)``."""
+    share = jnp.asarray(share, jnp.float32)
+    return jnp.logaddexp(jnp.log(share) + log_a, jnp.log1p(-share) + log_b)
+
+
+@register(
+    "divergence",
+    formula="T^2 * sum_v p log(p / q)",
+    source="Hinton et al. 2015, arXiv 1503.02531",
+    when="the default: the student covers all that the teacher finds likely",
+    cost="a log-softmax of each model's logits",
+)
 def forward_kl(
-    student_logits: Float[Array, "N V"],
-    teacher_logits: Float[Array, "N V"],
+    student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0
+) -> Values:
+    """Return the divergence from teacher to student, entropy included: equal logits give 0."""
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    return temperature**2 * kl(log_p, log_q)
+
+
+@register(
+    "divergence",
+    formula="T^2 * sum_v q log(q / p)",
+    source="Gu et al. 2023 (MiniLLM), arXiv 2306.08543",
+    when="a student too small for all of the teacher: it keeps to the teacher's main modes",
+    cost="as forward_kl",
+)
+def reverse_kl(
+    student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0
+) -> Values:
+    """Return the divergence from student to teacher."""
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    return temperature**2 * kl(log_q, log_p)
+
+
+@register(
+    "divergence",
+    formula="KL(p||q) + KL(q||p)",
+    source="Jeffreys 1946",
+    when="neither a missed nor an invented mode is welcome",
+    cost="as forward_kl",
+)
+def jeffreys(
+    student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0
+) -> Values:
+    """Return the sum of forward and reverse KL."""
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    return temperature**2 * (kl(log_p, log_q) + kl(log_q, log_p))
+
+
+@register(
+    "divergence",
+    formula="beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q",
+    source="Agarwal et al. 2023 (GKD), arXiv 2306.13649",
+    when="on-policy training: bounded, so a strange sample cannot blow it up",
+    cost="as forward_kl, and the mixture",
+)
+def jsd(
+    student_logits: Logits,
+    teacher_logits: Logits,
     *,
-    temperature: float = 1.0,
-) -> Float[Array, "N"]:
-    """Return ``T^2 * sum_v p log(p / q)``; softmax(z / T) is the teacher's ``p``, student's ``q``.
+    beta: Scalar = 0.5,
+    temperature: Scalar = 1.0,
+) -> Values:
+    """Return the generalized Jensen-Shannon divergence; 0 at both ends of ``beta``."""
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    log_m = _mixed(log_p, log_q, beta)
+    return temperature**2 * (beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m))
 
-    The entropy of ``p`` is included, so equal logits give 0 (Hinton et al., arXiv 1503.02531).
+
+@register(
+    "divergence",
+    formula="KL(p || alpha p + (1-alpha) q)",
+    source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+    when="a weak student: bounded gradients where it has no mass yet",
+    cost="as forward_kl, and the mixture",
+)
+def skew_forward_kl(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    alpha: Scalar = 0.1,
+    temperature: Scalar = 1.0,
+) -> Values:
+    """Return the forward KL to a student that a share ``alpha`` of the teacher is mixed into."""
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    return temperature**2 * kl(log_p, _mixed(log_p, log_q, alpha))
+
+
+@register(
+    "divergence",
+    formula="KL(q || (1-alpha) p + alpha q)",
+    source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+    when="the student's own samples, off-policy ones too: bounded",
+    cost="as forward_kl, and the mixture",
+)
+def skew_reverse_kl(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    alpha: Scalar = 0.1,
+    temperature: Scalar = 1.0,
+) -> Values:
+    """Return the reverse KL to a teacher that a share ``alpha`` of the student is mixed into."""
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    return temperature**2 * kl(log_q, _mixed(log_q, log_p, alpha))
+
+
+@register(
+    "divergence",
+    formula="1/2 sum_v |p - q|",
+    source="Wen et al. 2023 (f-distill), arXiv 2307.15190",
+    when="a symmetric and bounded loss; slow to start where p and q do not overlap",
+    cost="as forward_kl",
+)
+def total_variation(
+    student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0
+) -> Values:
+    """Return half of the absolute difference between the two distributions."""
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    return temperature**2 * 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
+
+
+def _likeliest(p: Logits, share: Scalar) -> Bool[Array, "N V"]:
+    """Return which entries, largest first, sum up to at most ``share``, and the largest always.
+
+    A bisection for the smallest of them: on the bits of the floats, which are in the same order, so
+    it ends at an exact entry. A sort of a vocabulary takes many times longer.
     """
-    log_q = jax.nn.log_softmax(student_logits / temperature, axis=-1)
-    log_p = jax.nn.log_softmax(teacher_logits / temperature, axis=-1)
-    return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    bits = lax.bitcast_convert_type(p, jnp.int32)
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        too_low, fits = bounds
+        middle = too_low + (fits - too_low) // 2
+        kept = jnp.where(bits >= middle[:, None], p, jnp.zeros_like(p))
+        enough = jnp.sum(kept, axis=-1) <= share
+        return jnp.where(enough, too_low, middle), jnp.where(enough, middle, fits)
+
+    above_one = jnp.full(p.shape[0], 2**30, jnp.int32)  # the bits of 2.0
+    smallest = lax.fori_loop(0, 31, halve, (jnp.full_like(above_one, -1), above_one))[1]
+    return (bits >= smallest[:, None]) | (p >= jnp.max(p, axis=-1, keepdims=True))
 
 
-def cross_entropy(logits: Float[Array, "N V"], targets: Int[Array, "N"]) -> Float[Array, "N"]:
-    """Return ``-log softmax(z)[target]`` of each row."""
+@register(
+    "divergence",
+    formula="(g_head KL(p||q) + g_tail KL(q||p)) / (g_head + g_tail), g = sum |p - q| of each part",
+    source="Wu et al. 2024 (AKL), arXiv 2404.02657",
+    when="short training: each step fits head or tail of p, whichever is further off",
+    cost="31 passes over the teacher's probabilities, to find where its head ends",
+)
+def adaptive_kl(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    head: Scalar = 0.5,
+    temperature: Scalar = 1.0,
+) -> Values:
+    """Return forward and reverse KL, weighed by the gaps in the teacher's head and tail.
+
+    The head holds the teacher's likeliest tokens while their cumulative probability is at most
+    ``head``, and the likeliest one always; equally likely ones stay together. No gradient passes
+    through the weights.
+    """
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    p, q = (lax.stop_gradient(jnp.exp(x)) for x in (log_p, log_q))
+    gap = jnp.abs(p - q)
+    in_head = _likeliest(p, head)
+    tiny = jnp.finfo(jnp.float32).tiny  # equal distributions have no gap at all
+    g_head = jnp.sum(jnp.where(in_head, gap, 0.0), axis=-1) + tiny
+    g_all = jnp.sum(gap, axis=-1) + 2 * tiny
+    share = g_head / g_all
+    return temperature**2 * (share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p))
+
+
+@register(
+    "divergence",
+    formula="c KL(q||p) + (1-c) KL(p||q), c the teacher's mean top probability",
+    source="Du et al. 2024 (BitDistiller), arXiv 2402.10631",
+    when="low-bit students: a sure teacher is sought, an unsure one is covered",
+    cost="as forward_kl; c is measured once, before training",
+)
+def cakld(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    confidence: Scalar,
+    temperature: Scalar = 1.0,
+) -> Values:
+    """Return reverse and forward KL, weighed by the teacher's confidence on the data.
+
+    ``confidence`` is a constant of teacher and data: ``kd.teachers.teacher_confidence`` measures
+    it, and the command line does so by itself.
+    """
+    log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+    mixed = confidence * kl(log_q, log_p) + (1 - confidence) * kl(log_p, log_q)
+    return temperature**2 * mixed
+
+
+@register(
+    "divergence",
+    formula="KL(r || q), r = softmax((1-t) stop(z_q) + t z_p)",
+    source="Shing et al. 2025 (TAID), arXiv 2501.16937",
+    when="a student far smaller than its teacher: the goal moves ahead as the student follows",
+    cost="a log-softmax more",
+)
+def taid(
+    student_logits: Logits, teacher_logits: Logits, *, t: Scalar, temperature: Scalar = 1.0
+) -> Values:
+    """Return the KL from a goal between student (``t`` 0) and teacher (``t`` 1) to the student.
+
+    ``t`` follows the loss where a run's schedule adapts it, see ``kd.schedule``.
+    """
+    student = student_logits.astype(jnp.float32)
+    goal = (1 - t) * lax.stop_gradient(student) + t * teacher_logits.astype(jnp.float32)
+    return forward_kl(student, lax.stop_gradient(goal), temperature=temperature)
+
+
+def target_log_probs(logits: Logits, targets: Int[Array, "N"]) -> Values:
+    """Return ``log softmax(z)[target]`` of each row."""
+    logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+@register(
+    "divergence",
+    formula="-log q[target]",
+    source="maximum likelihood; on the teacher's own text, Kim and Rush 2016, arXiv 1606.07947",
+    when="labels to trust, as one term of a sum; alone, for text that the teacher wrote",
+    cost="less than any other: no teacher",
+)
+def ce(student_logits: Logits, targets: Int[Array, "N"]) -> Values:
+    """Return the cross-entropy of the next token."""
+    return -target_log_probs(student_logits, targets)
+
+
+@register(
+    "divergence",
+    formula="-stop(log p[y] - log q[y]) log q[y], y sampled from the student",
+    source="Lu et al. 2025 (on-policy distillation); Gu et al. 2023, arXiv 2306.08543",
+    when="on-policy training at long context: reverse KL by the sampled token alone",
+    cost="one logit of each model a token",
+)
+def policy_gradient(
+    student_logits: Logits, teacher_logits: Logits, targets: Int[Array, "N"]
+) -> Values:
+    """Return a loss whose expected gradient on the student's samples is that of reverse KL.
+
+    Only its gradient has a meaning: the value's mean is no divergence.
+    """
+    log_q = target_log_probs(student_logits, targets)
+    advantage = lax.stop_gradient(target_log_probs(teacher_logits, targets) - log_q)
+    return -advantage * log_q

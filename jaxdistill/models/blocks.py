@@ -90,8 +90,12 @@ class Attention(nn.Module):
             past_k, past_v, length = cache
             k = lax.dynamic_update_slice_in_dim(past_k, k.astype(past_k.dtype), length, axis=1)
             v = lax.dynamic_update_slice_in_dim(past_v, v.astype(past_v.dtype), length, axis=1)
-        out = attend(q, k, v, mask_BTS).reshape(B * T, c.num_heads * c.head_dim)
+        out = self.mix(q, k, v, mask_BTS).reshape(B * T, c.num_heads * c.head_dim)
         return Linear(c.hidden_size, c.o_bias, name="o_proj")(out), (k, v)
+
+    def mix(self, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
+        """Attend; a method, so that what queries, keys and values are can be looked at."""
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
 class MLP(nn.Module):

@@ -25,19 +25,26 @@ Params = dict[str, Any]
 Transform = Callable[[Params], Params]
 # (path of a linear layer, its input rows) -> the rows it shall see: activation fake quantization.
 Activation = Callable[[str, Array], Array]
-# Each linear layer's (input [N, in], output [N, out]), by path ("layers/self_attn/q_proj").
-Seen = dict[str, tuple[Array, Array]]
+# By path: each linear layer's (input [N, in], output [N, out]), "layers/self_attn/q_proj"; the
+# whole layer's (input, output), "layers"; (queries, keys, values) [B, T, heads, H],
+# "layers/self_attn/mix".
+Seen = dict[str, tuple[Array, ...]]
 
 
 class Output(NamedTuple):
-    """Hold final hidden states and the head that makes logits of them: ``hidden @ head.T``."""
+    """Hold final hidden states and the head that makes logits of them: ``hidden @ head.T``.
+
+    With a ``softcap`` logits are ``softcap * tanh(z / softcap)``.
+    """
 
     hidden: Float[Array, "B T D"]
     head: Float[Array, "V D"]
+    softcap: Any = None
 
     def logits(self) -> Float[Array, "B T V"]:
         """Return the whole float32 logits; the chunked losses never do."""
-        return jnp.einsum("btd,vd->btv", self.hidden, self.head, preferred_element_type=jnp.float32)
+        z = jnp.einsum("btd,vd->btv", self.hidden, self.head, preferred_element_type=jnp.float32)
+        return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
 
 
 @runtime_checkable
@@ -132,11 +139,13 @@ def run_layer(
         activation: changes what each linear layer sees.
 
     Returns:
-        the rows, the layer's keys and values, and what each linear layer saw and gave.
+        the rows, the layer's keys and values, and what was seen inside, see ``Seen``.
     """
     seen: Seen = {}
 
     def look(call, args, kwargs, context):
+        if context.method_name == "mix":
+            seen["layers/self_attn/mix"] = args[:3]
         if not isinstance(context.module, Linear) or context.method_name != "__call__":
             return call(*args, **kwargs)
         path = "/".join(("layers", *context.module.path))
@@ -146,8 +155,9 @@ def run_layer(
         return y
 
     with nn.intercept_methods(look):
-        x_ND, kv = cast(Any, Block(config).apply({"params": layer_params}, x_ND, *places, cache))
-    return x_ND, kv, seen
+        y_ND, kv = cast(Any, Block(config).apply({"params": layer_params}, x_ND, *places, cache))
+    seen["layers"] = (x_ND, y_ND)
+    return y_ND, kv, seen
 
 
 def make_apply(
@@ -169,9 +179,9 @@ def make_apply(
             does), so that it gives what it gives on the whole tree.
         activation: ``(path, rows) -> rows``, what each linear layer of a decoder layer sees in
             place of its input; see ``quant.activations``.
-        tap: ``(seen, extra) -> statistics``, called in each layer with every linear layer's input
-            and output by path and with that layer's slice of ``tap_inputs``; ``apply`` then returns
-            ``(Output, statistics stacked over layers)``.
+        tap: ``(seen, extra) -> statistics``, called in each layer with what is ``Seen`` there and
+            with that layer's slice of ``tap_inputs``; ``apply`` then returns ``(Output, statistics
+            stacked over layers)``.
         dtype: type of activations and products' operands (float32 or bfloat16); sums, norms and
             softmax stay float32, and so do the parameters.
         remat: recompute each layer in the backward pass instead of storing its activations.

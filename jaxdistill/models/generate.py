@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.decoder import Params, init_cache
+from jaxdistill.models.decoder import Output, Params, init_cache
 
 _BUCKET = 32  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -44,10 +44,17 @@ class Sampling:
             )
 
 
-def pick(logits_BV: Float[Array, "B V"], rng: Array, how: Sampling) -> Int[Array, "B"]:
-    """Draw one token a row by ``how``."""
-    if how.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+class Samples(NamedTuple):
+    """Hold what was drawn: each row's first ``lengths`` tokens, a stop token among them."""
+
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, "B"]
+    stopped: Bool[Array, "B"]
+    log_probs: Float[Array, "B M"]  # of each token, under the distribution it was drawn from
+
+
+def shaped(logits_BV: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:
+    """Return logits of the distribution that ``how`` draws from; its temperature is above 0."""
     logits = logits_BV / how.temperature
     lowest = jnp.finfo(logits.dtype).min
     if how.top_k:
@@ -61,54 +68,100 @@ def pick(logits_BV: Float[Array, "B V"], rng: Array, how: Sampling) -> Int[Array
         kept = jnp.sum(before < how.top_p, axis=-1, keepdims=True)
         least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
         logits = jnp.where(logits < least, lowest, logits)
-    return jax.random.categorical(rng, logits, axis=-1).astype(jnp.int32)
+    return logits
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "config", "how", "stop"))
-def _generate(
+def draw(
+    logits_BV: Float[Array, "B V"], rng: Array, how: Sampling
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Draw one token a row by ``how``; return it and its log-probability (greedy: 0)."""
+    if how.temperature == 0:
+        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return token_B, jnp.zeros(token_B.shape, jnp.float32)
+    logits = shaped(logits_BV, how)
+    token_B = jax.random.categorical(rng, logits, axis=-1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, token_B[:, None], axis=-1)[:, 0]
+    return token_B, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def pick(logits_BV: Float[Array, "B V"], rng: Array, how: Sampling) -> Int[Array, "B"]:
+    """Draw one token a row by ``how``."""
+    return draw(logits_BV, rng, how)[0]
+
+
+def sample(
+    apply: Callable[..., Any],
+    config: ModelConfig,
     params: Params,
     tokens_BT: Int[Array, "B T"],
     valid_BT: Int[Array, "B T"],
     rng: Array,
     *,
-    apply: Callable[..., Any],
-    config: ModelConfig,
     how: Sampling,
     stop: tuple[int, ...],
-) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
-    """Return generated tokens and how many of each row count; prompts are left-padded."""
+    dtype: DTypeLike = jnp.float32,
+) -> Samples:
+    """Continue left-padded prompts; a pure function, to be called inside jit.
+
+    It ends when every row has drawn a stop token or ``how.max_new_tokens``. There is no gradient.
+
+    Args:
+        apply: what ``make_apply`` builds.
+        config: gives the cache's shape.
+        params: its params; every token reads all of them, so transform them once beforehand.
+        tokens_BT: prompts, their last tokens in the last column; a row of padding alone is filled
+            with anything, and not waited for.
+        valid_BT: 1 for a prompt's tokens, 0 for padding.
+        rng: of the sampling.
+        how: see ``Sampling``.
+        stop: ids that end a row.
+        dtype: of keys and values in the cache; that of ``apply``'s activations.
+    """
     B, T = tokens_BT.shape
-    cache = init_cache(config, B, T + how.max_new_tokens)
     positions = jnp.cumsum(valid_BT, axis=1) - 1
-    out, cache = apply(params, tokens_BT, positions, valid_BT, cache)
     stops = jnp.asarray(stop, jnp.int32)
 
-    def logits_of(hidden_BD, head):
-        return jnp.einsum("bd,vd->bv", hidden_BD, head, preferred_element_type=jnp.float32)
+    def drawn(out: Output, rng: Array) -> tuple[Array, Array, Array]:
+        rng, key = jax.random.split(rng)
+        logits_B1V = out._replace(hidden=out.hidden[:, -1:]).logits()
+        return rng, *draw(logits_B1V[:, 0], key, how)
 
-    def ended(token_B):
+    def ended(token_B: Array) -> Array:
         return jnp.any(token_B[:, None] == stops[None], axis=1)
 
+    def put(rows_BM: Array, value_B: Array, i: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows_BM, value_B[:, None], i, axis=1)
+
     def more(carry):
-        i, done = carry[0], carry[3]
-        return (i < how.max_new_tokens) & ~jnp.all(done)
+        i, samples = carry[0], carry[2]
+        return (i < how.max_new_tokens) & ~jnp.all(samples.stopped)
 
     def one(carry):
-        i, token, made, done, lengths, cache, rng = carry
-        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], i, axis=1)
-        lengths = lengths + (~done).astype(jnp.int32)
-        place = positions[:, -1:] + 1 + i
-        out, cache = apply(params, token[:, None], place, None, cache)
-        rng, key = jax.random.split(rng)
-        token = pick(logits_of(out.hidden[:, -1], out.head), key, how)
-        return i + 1, token, made, done | ended(token), lengths, cache, rng
+        i, token_B, made, cache, rng = carry
+        out, cache = apply(params, token_B[:, None], positions[:, -1:] + i, None, cache)
+        rng, token_B, log_prob_B = drawn(out, rng)
+        made = Samples(
+            tokens=put(made.tokens, token_B, i),
+            lengths=made.lengths + (~made.stopped).astype(jnp.int32),
+            stopped=made.stopped | ended(token_B),
+            log_probs=put(made.log_probs, log_prob_B, i),
+        )
+        return i + 1, token_B, made, cache, rng
 
-    rng, key = jax.random.split(rng)
-    first = pick(logits_of(out.hidden[:, -1], out.head), key, how)
-    made = jnp.zeros((B, how.max_new_tokens), jnp.int32)
-    start = (jnp.int32(0), first, made, ended(first), jnp.zeros(B, jnp.int32), cache, rng)
-    end = jax.lax.while_loop(more, one, start)
-    return end[2], end[4]
+    cache = init_cache(config, B, T + how.max_new_tokens, dtype)
+    out, cache = apply(params, tokens_BT, positions, valid_BT, cache)
+    rng, token_B, log_prob_B = drawn(out, rng)
+    empty = jnp.zeros((B, how.max_new_tokens))
+    first = Samples(
+        tokens=put(empty.astype(jnp.int32), token_B, jnp.int32(0)),
+        lengths=jnp.ones(B, jnp.int32),
+        stopped=ended(token_B) | ~jnp.any(valid_BT > 0, axis=1),
+        log_probs=put(empty, log_prob_B, jnp.int32(0)),
+    )
+    return jax.lax.while_loop(more, one, (jnp.int32(1), token_B, first, cache, rng))[2]
+
+
+_sample = jax.jit(sample, static_argnames=("apply", "config", "how", "stop"))
 
 
 def generate(
@@ -146,14 +199,15 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
         valid[row, width - len(prompt) :] = 1
-    made, lengths = _generate(
+    samples = _sample(
+        apply,
+        config,
         params,
         jnp.asarray(tokens),
         jnp.asarray(valid),
         jax.random.key(seed),
-        apply=apply,
-        config=config,
         how=how,
         stop=tuple(config.eos_token_ids if stop is None else stop),
     )
-    return [row[:n].tolist() for row, n in zip(np.asarray(made), np.asarray(lengths), strict=True)]
+    lengths = np.asarray(samples.lengths) - np.asarray(samples.stopped)
+    return [row[:n].tolist() for row, n in zip(np.asarray(samples.tokens), lengths, strict=True)]

@@ -58,6 +58,14 @@ class Model:
             )
         return self.tokenizer
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a text: the config's, or else the tokenizer's."""
+        if self.config.eos_token_ids or self.tokenizer is None:
+            return self.config.eos_token_ids
+        eos: Any = self.tokenizer.eos_token_id
+        return () if eos is None else (int(eos),)
+
     def apply_fn(self, **options: Any) -> Callable[..., Any]:
         """Return ``make_apply`` of this model; stored integers are dequantized inside the scan."""
         activation = fake_quant_activations(self.activations)
@@ -91,6 +99,8 @@ def load_model(source: str | Path) -> Model:
                 source=text,
                 activations=load_activations(stored),
             )
+        elif (path / "student" / "config.json").is_file():
+            model = _from_directory(path / "student", text)
         elif (path / "metrics.jsonl").is_file():
             raise UserError(f"{text} is a run without a finished student; finish it with --resume")
         elif not (path / "config.json").is_file():
@@ -109,30 +119,34 @@ def load_model(source: str | Path) -> Model:
     return dataclasses.replace(model, params=jax.device_put(model.params))
 
 
-def check_same_vocabulary(teacher: Model, student: Model) -> None:
-    """Raise ``UserError`` naming both models unless they share one vocabulary.
+def check_same_vocabulary(teacher: Model, student: Model) -> int:
+    """Return the size of the vocabulary that two models share; raise unless they do.
 
-    Logits are compared entry by entry, so token ids must mean the same text in both: the sizes of
-    the two vocabularies and the fingerprints of the two tokenizers must be equal. Two models
-    without any tokenizer are compared by size alone.
+    Logits are compared entry by entry, so token ids must mean the same text in both: the
+    fingerprints of the two tokenizers must be equal. The two embedding tables may then be padded to
+    different sizes, the smaller one is returned. Two models without any tokenizer are compared by
+    size alone.
+
+    Raises:
+        UserError: they do not share one; both are named.
     """
     t, s = teacher, student
-    if t.config.vocab_size != s.config.vocab_size:
-        raise UserError(
-            f"the teacher {t.source} has a vocabulary of {t.config.vocab_size} and the student "
-            f"{s.source} one of {s.config.vocab_size}; accepted: equal ones; give a student of the "
-            "teacher's family, or use a cross-tokenizer objective"
-        )
-    if t.tokenizer is None and s.tokenizer is None:
-        return
+    sizes = t.config.vocab_size, s.config.vocab_size
     prints = [None if m.tokenizer is None else fingerprint(m.tokenizer) for m in (t, s)]
+    if sizes[0] != sizes[1] and (None in prints or prints[0] != prints[1]):
+        raise UserError(
+            f"the teacher {t.source} has a vocabulary of {sizes[0]} and the student {s.source} one "
+            f"of {sizes[1]}; accepted: equal ones; give a student of the teacher's family, or use "
+            "a cross-tokenizer objective (uld, span_likelihood)"
+        )
     if prints[0] != prints[1]:
         what = [f"tokenizer {p}" if p else "no tokenizer" for p in prints]
         raise UserError(
             f"the teacher {t.source} has {what[0]} and the student {s.source} has {what[1]}; "
             "accepted: the same tokenizer in both; give a student of the teacher's family, or use "
-            "a cross-tokenizer objective"
+            "a cross-tokenizer objective (uld, span_likelihood)"
         )
+    return min(sizes)
 
 
 def _from_directory(path: Path, source: str) -> Model:

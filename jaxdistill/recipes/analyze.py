@@ -37,8 +37,8 @@ from jaxdistill.quant.policy import (
     quantize_params,
     walk,
 )
+from jaxdistill.recipes.options import Quantize, policy_of
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows
-from jaxdistill.recipes.quantize_options import Quantize, policy_of
 from jaxdistill.recipes.run_report import finished_student
 from jaxdistill.report.signal_arrays import arrays_of, labelled, number_of
 from jaxdistill.report.signal_page import signal_page
@@ -94,6 +94,7 @@ def analyze(o: Analyze, console: Console | None = None) -> dict[str, Any]:
     teacher = dataclasses.replace(teacher, params=jax.jit(dequantize_params)(teacher.params))
     job = _job(o)
     policy = policy_of(job, teacher)
+    assert policy is not None  # Quantize has no float student
     trained = None if o.run is None else _student(o.run, teacher)
     packed = pack_rows(load_rows(o.data), teacher, o.seq_len, add_eos=False)
     data = eval_batches_of(packed, o.batch_size, o.eval_tokens)

@@ -75,7 +75,7 @@ def calibrated(
     def layer(params: Params, x_ND: Array, batch: Mapping[str, Any]) -> tuple[Array, dict]:
         places = places_of(config, batch["tokens"], batch["positions"], batch["segment_ids"])
         x_ND, _, seen = run_layer(config, params, x_ND, places, activation=activation)
-        return x_ND, {path: rows for path, (rows, _) in seen.items()}
+        return x_ND, {path: x[0] for path, x in seen.items() if path.endswith("_proj")}
 
     names = ("tokens", "positions", "segment_ids")
     return calibrate(

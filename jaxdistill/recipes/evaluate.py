@@ -86,10 +86,13 @@ def evaluate(o: Evaluate) -> dict[str, Any]:
     teacher = None if o.teacher is None else load_model(o.teacher)
     result: dict[str, Any] = {}
     if rows is not None:
-        if teacher is not None:
-            check_same_vocabulary(teacher, model)
+        shared = None if teacher is None else check_same_vocabulary(teacher, model)
         packed = pack_rows(rows, model, o.seq_len, o.loss_on, o.packing, add_eos=False)
-        objective = kd_objective(model.apply_fn(), None if teacher is None else teacher.apply_fn())
+        objective = kd_objective(
+            model.apply_fn(),
+            None if teacher is None else teacher.apply_fn(),
+            vocab_size=shared,
+        )
         result |= make_evaluator(objective)(
             model.params,
             None if teacher is None else teacher.params,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +82,11 @@ def answer(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
         ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
-    stop = model.config.eos_token_ids or (
-        () if tokenizer.eos_token_id is None else (cast(int, tokenizer.eos_token_id),)
-    )
     apply = _apply_of(model.config, model.activations)
     params = held(model.params, weights)
-    new = decoding.generate(apply, params, model.config, [ids], how=how, stop=stop, seed=seed)
+    new = decoding.generate(
+        apply, params, model.config, [ids], how=how, stop=model.stop_ids, seed=seed
+    )
     return str(tokenizer.decode(new[0], skip_special_tokens=True))
 
 

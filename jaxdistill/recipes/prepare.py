@@ -25,6 +25,15 @@ def split_rows(rows: datasets.Dataset, source: str) -> tuple[datasets.Dataset, d
     )
 
 
+def check_length(seq_len: int, model: Model) -> None:
+    """Raise ``UserError`` where a row is longer than the model can read."""
+    if seq_len > model.config.max_position_embeddings:
+        raise UserError(
+            f"--seq-len {seq_len} exceeds the {model.config.max_position_embeddings} positions of "
+            f"{model.source}; choose a smaller one"
+        )
+
+
 def pack_rows(
     rows: Any,
     model: Model,
@@ -37,11 +46,7 @@ def pack_rows(
 
     Training teaches where a plain text ends (``add_eos``); evaluation scores the text alone.
     """
-    if seq_len > model.config.max_position_embeddings:
-        raise UserError(
-            f"--seq-len {seq_len} exceeds the {model.config.max_position_embeddings} positions of "
-            f"{model.source}; choose a smaller one"
-        )
+    check_length(seq_len, model)
     tokenizer = model.text_tokenizer()
     examples = encode_rows(rows, tokenizer, loss_on=loss_on, add_eos=add_eos)
     pad = cast(int, tokenizer.pad_token_id or 0)

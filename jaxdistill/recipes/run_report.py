@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -29,40 +30,52 @@ def check_student(result: Mapping[str, float | int], lr: float) -> None:
 
 def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:
     """Say what the user should hear of the results: no training needed, or training that hurt."""
-    teacher, ptq, student = (results[k] for k in ("teacher", "ptq", "student"))
-    said = []
-    if ptq["perplexity"] <= 1.01 * teacher["perplexity"]:
-        said.append("PTQ alone is within 1 % of the teacher's perplexity: no training needed")
-    if student["kl"] > ptq["kl"]:
+    start, student, said = before_training(results), results["student"], []
+    teacher, name = results.get("teacher"), "PTQ" if "ptq" in results else "the start"
+    if teacher and start["perplexity"] <= 1.01 * teacher["perplexity"]:
+        said.append(f"{name} alone is within 1 % of the teacher's perplexity: no training needed")
+    by = "kl" if "kl" in student else "nll"
+    if student[by] > start[by]:
         said.append(
-            f"held-out KL ended at {student['kl']:.4f}, above PTQ's {ptq['kl']:.4f}: lower --lr, "
-            "give more or closer data"
+            f"held-out {by.upper()} ended at {student[by]:.4f}, above {name}'s {start[by]:.4f}: "
+            "lower --lr, give more or closer data"
         )
     return said
 
 
-def report_run(run: RunDirectory, results: Results, console: Console) -> None:
-    """Write ``results.json``, the plots and the run's README; show the table."""
+def before_training(results: Mapping[str, Mapping[str, float | int]]) -> dict[str, Any]:
+    """Return the student's evaluation before training: ``ptq``, or ``start`` of a float one."""
+    return dict(results["ptq"] if "ptq" in results else results["start"])
+
+
+def report_run(run: RunDirectory, results: Results, console: Console, title: str) -> None:
+    """Write ``results.json``, the plots and the run's README under a title; show the table."""
     write_json(run.path / "results.json", results)
     rows = read_metrics(run.path)
     if rows:
         plot_training(run.path / "plots", {"student": rows}, results)
-    gap = recovered(results["ptq"]["kl"], results["student"]["kl"])
+    start, student = before_training(results), results["student"]
+    gap = []
+    if "kl" in student:
+        share = recovered(start["kl"], student["kl"])
+        name = "PTQ" if "ptq" in results else "the start"
+        gap = [f"Share of {name}'s KL to the teacher recovered: {share:.1%}.\n"]
     warnings = warnings_of(results)
     lines = [
-        "# A jaxdistill run: 4-bit KD-QAT\n",
+        f"# A jaxdistill run: {title}\n",
         markdown_table(results),
-        f"Share of PTQ's KL to the teacher recovered: {gap:.1%}.\n",
+        *gap,
         *(f"Warning: {w}.\n" for w in warnings),
         "| file | what it is |\n| --- | --- |\n"
         "| config.json | every option, and the versions it ran on |\n"
         "| metrics.jsonl, tensorboard/ | every step's loss, KL, agreement, speed |\n"
         "| plots/ | loss, KL and recovered gap |\n"
         "| checkpoints/ | training states, for `--resume` |\n"
-        "| student/ | the quantized model: integers, scales, tokenizer |\n"
+        "| student/ | the student: weights (integers and scales, or float), tokenizer |\n"
         "| results.json | the table above |\n",
         "Use it: `jaxdistill generate --model DIR --prompt ...`, `jaxdistill evaluate --model DIR "
-        "--data ...`, `jaxdistill export --run DIR --format gguf --out model.gguf`.\n",
+        "--data ...`, and a quantized one: `jaxdistill export --run DIR --format gguf --out "
+        "model.gguf`.\n",
     ]
     (run.path / "README.md").write_text("\n".join(lines))
     run.close()
@@ -74,6 +87,11 @@ def report_run(run: RunDirectory, results: Results, console: Console) -> None:
 def finished_student(run: Path) -> Path:
     """Return a run's student directory; raise ``UserError`` where the run has none."""
     student = run / "student"
+    if (student / "config.json").is_file() and not is_quantized(student):
+        raise UserError(
+            f"the student of {run} is a float model, and is no export needed: {student} is a "
+            "Hugging Face directory; give a run with --bits to export integers"
+        )
     if not is_quantized(student):
         raise UserError(
             f"{run} holds no finished student; give the --out of a finished `jaxdistill quantize`, "

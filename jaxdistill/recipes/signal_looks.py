@@ -23,7 +23,7 @@ from jaxdistill.quant.policy import (
     fake_quant_params,
     quantize_params,
 )
-from jaxdistill.recipes.quantize_options import Quantize
+from jaxdistill.recipes.options import Training
 from jaxdistill.train.loop import Look
 
 _TOKENS = 512  # of a look
@@ -53,7 +53,7 @@ def recommended(
     return list(advice.patterns)
 
 
-def steps_between(o: Quantize) -> int:
+def steps_between(o: Training) -> int:
     """Return the steps between looks that the options ask for; 0 for none."""
     if o.signal_every:
         return max(0, o.signal_every)
@@ -62,7 +62,7 @@ def steps_between(o: Quantize) -> int:
 
 
 def signal_looks(
-    o: Quantize, teacher: Model, policy: Policy, stored: Params | None, held: Any, run: Path
+    o: Training, teacher: Model, policy: Policy, stored: Params | None, held: Any, run: Path
 ) -> list[Look]:
     """Return the looks at gradients, SQNR, clipping and flips that the training loop shall take.
 

@@ -1,4 +1,4 @@
-"""The pictures of a quantization run: loss, divergence from the teacher, and the gap recovered."""
+"""The pictures of a run: loss, divergence from the teacher, and the gap recovered."""
 
 from __future__ import annotations
 
@@ -34,36 +34,43 @@ def plot_training(
 ) -> list[Path]:
     """Draw ``loss.png``, ``kl.png`` and ``recovered.png`` into ``directory``; return their paths.
 
+    Without a teacher in the results there is only the loss.
+
     Args:
         directory: made where it does not exist.
         runs: label to the rows of its ``metrics.jsonl``.
-        results: label to its evaluation; ``"teacher"`` and ``"ptq"`` are the two references, every
-            other label is a trained student.
+        results: label to its evaluation; ``"teacher"`` and ``"ptq"`` (of a float student
+            ``"start"``) are the references, every other label is a trained student.
     """
     directory.mkdir(parents=True, exist_ok=True)
     made = []
-    for name, title, unit in (
-        ("loss", "training loss", "loss (nats a token)"),
-        ("kl", "divergence from the teacher", "KL (nats a token)"),
-    ):
+    start = "ptq" if "ptq" in results else "start"
+    called = {"ptq": "PTQ", "start": "start"}[start]
+    pictures = [("loss", "training loss", "loss (nats a token)")]
+    if "teacher" in results and "kl" in results.get(start, {}):
+        pictures.append(("kl", "divergence from the teacher", "KL (nats a token)"))
+    for name, title, unit in pictures:
         figure, axes = plt.subplots(figsize=(6, 3.6))
         for label, rows in runs.items():
             _curve(axes, rows, name, f"{label}, training batches", alpha=0.6)
             if name == "kl":
                 _curve(axes, rows, "eval/kl", f"{label}, held-out probe", marker="o")
-        if name == "kl" and "ptq" in results:
-            axes.axhline(results["ptq"]["kl"], color="grey", ls="--", label="PTQ, held out")
+        if name == "kl":
+            axes.axhline(results[start]["kl"], color="grey", ls="--", label=f"{called}, held out")
         axes.set(xlabel="step", ylabel=unit, title=title, ylim=(0, None))
         axes.legend(fontsize=8)
         made.append(_save(figure, directory / f"{name}.png"))
-    made.append(_plot_recovered(directory / "recovered.png", results))
+    if len(pictures) > 1:
+        made.append(_plot_recovered(directory / "recovered.png", results, start, called))
     return made
 
 
-def _plot_recovered(path: Path, results: Mapping[str, Mapping[str, float | int]]) -> Path:
-    """Draw the share of PTQ's gap to the teacher that each student closed, by KL and by NLL."""
-    students = [label for label in results if label not in ("teacher", "ptq")]
-    teacher, ptq = results["teacher"], results["ptq"]
+def _plot_recovered(
+    path: Path, results: Mapping[str, Mapping[str, float | int]], start: str, called: str
+) -> Path:
+    """Draw the share of the gap to the teacher that each student closed, by KL and by NLL."""
+    students = [x for x in results if x != start and not x.startswith("teacher")]
+    teacher, ptq = results["teacher"], results[start]
     figure, axes = plt.subplots(figsize=(6, 1.6 + 0.8 * len(students)))
     low, high = 0.0, 0.0
     for offset, (name, goal) in ((-0.2, ("kl", 0.0)), (0.2, ("nll", teacher["nll"]))):
@@ -75,7 +82,7 @@ def _plot_recovered(path: Path, results: Mapping[str, Mapping[str, float | int]]
     axes.axvline(100, color="grey", ls="--", lw=1)
     axes.set_yticks(range(len(students)), students)
     axes.set(
-        xlabel="gap from PTQ to teacher recovered (%)",
+        xlabel=f"gap from {called} to teacher recovered (%)",
         xlim=(min(0, 1.2 * low), max(125, 1.2 * high)),
     )
     axes.invert_yaxis()

@@ -34,10 +34,12 @@ class Example:
         tokens: token ids.
         loss_mask: ``loss_mask[i]`` says whether token ``i`` is a target, that is, whether the
             prediction made *at token i-1* is judged. The first token is never one.
+        weight: of its tokens in the loss, the row's ``weight`` where it has one.
     """
 
     tokens: Int32[np.ndarray, "n"]
     loss_mask: Bool[np.ndarray, "n"]
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,12 @@ def encode_rows(
             _render(row, f"row {number}", tokenizer, chat, loss_on == "completion", add_eos)
             for number, row in chunk
         ]
-        chunk_examples = _tokenize(rendered, tokenizer, eos)
+        chunk_examples = [
+            dataclasses.replace(example, weight=_weight(row, f"row {number}"))
+            for (number, row), example in zip(
+                chunk, _tokenize(rendered, tokenizer, eos), strict=True
+            )
+        ]
         if loss_on == "completion":
             for (number, _), example in zip(chunk, chunk_examples, strict=True):
                 if not example.loss_mask.any():
@@ -163,6 +170,16 @@ def encode_rows(
                     )
         examples += chunk_examples
     return examples
+
+
+def _weight(row: Mapping[str, Any], where: str) -> float:
+    """Return a row's weight in the loss, 1 where it gives none."""
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < np.inf:
+        raise UserError(f"{where} has the weight {weight!r}; accepted: a number from 0; correct it")
+    return float(weight)
 
 
 def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from jaxdistill.errors import UserError
+from jaxdistill.kd.rows import Rows
 from jaxdistill.train.encode import Example
 
 Batch = dict[str, np.ndarray]
@@ -27,12 +28,14 @@ class Packed:
         segment_ids: 1, 2, ... within each row; 0 for padding. Tokens of different segments must
             not attend to each other.
         positions: 0, 1, ... within each segment; 0 for padding.
+        weights: of each token as a target; None where all weigh 1, and then left out of batches.
     """
 
     tokens: Int32[np.ndarray, "N T"]
     loss_mask: Bool[np.ndarray, "N T"]
     segment_ids: Int32[np.ndarray, "N T"]
     positions: Int32[np.ndarray, "N T"]
+    weights: Float32[np.ndarray, "N T"] | None = None
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -40,7 +43,8 @@ class Packed:
 
     def __getitem__(self, index: int | slice) -> Batch:
         """Give one row, arrays [T], or a slice of rows, arrays [B, T]."""
-        return {field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)}
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: array[index] for name, array in arrays.items() if array is not None}
 
     @property
     def num_targets(self) -> int:
@@ -69,6 +73,10 @@ def pack(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) -> Packe
     tokens = np.full(shape, pad_id, np.int32)
     loss_mask = np.zeros(shape, np.bool_)
     starts = np.zeros(shape, np.bool_)  # where a segment begins
+    weights = _weights(examples, shape)
+    if total and weights is not None:
+        each = np.repeat(np.array([e.weight for e in examples], np.float32), lengths)
+        weights.reshape(-1)[:total] = each
     if total:
         tokens.reshape(-1)[:total] = np.concatenate([e.tokens for e in examples])
         loss_mask.reshape(-1)[:total] = np.concatenate([e.loss_mask for e in examples])
@@ -84,6 +92,7 @@ def pack(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) -> Packe
         loss_mask=loss_mask & ~starts,
         segment_ids=segment_ids,
         positions=positions,
+        weights=weights,
     )
 
 
@@ -107,6 +116,9 @@ def no_packing(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) ->
     filled = index[None, :] < lengths[:, None]
     tokens = np.full(filled.shape, pad_id, np.int32)
     loss_mask = np.zeros(filled.shape, np.bool_)
+    weights = _weights(kept, filled.shape)
+    if weights is not None:
+        weights *= np.array([[e.weight] for e in kept], np.float32)
     if kept:
         tokens[filled] = np.concatenate([e.tokens[:seq_len] for e in kept])
         loss_mask[filled] = np.concatenate([e.loss_mask[:seq_len] for e in kept])
@@ -116,7 +128,13 @@ def no_packing(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) ->
         loss_mask=loss_mask,
         segment_ids=filled.astype(np.int32),
         positions=np.where(filled, index[None, :], np.int32(0)),
+        weights=weights,
     )
+
+
+def _weights(examples: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return ones to fill in where any example has a weight of its own, None where none has."""
+    return np.ones(shape, np.float32) if any(e.weight != 1 for e in examples) else None
 
 
 def _lengths(examples: Sequence[Example], seq_len: int) -> np.ndarray:
@@ -130,7 +148,7 @@ def _lengths(examples: Sequence[Example], seq_len: int) -> np.ndarray:
 
 
 def batches(
-    packed: Packed, *, batch_size: int, seed: int, shuffle: bool = True
+    packed: Rows, *, batch_size: int, seed: int, shuffle: bool = True
 ) -> grain.MapDataset[Batch]:
     """Serve the rows as an endless sequence of batches, reshuffled every epoch.
 
@@ -160,7 +178,7 @@ def batches(
     return ds.repeat().batch(batch_size)
 
 
-def eval_batches(packed: Packed, batch_size: int) -> list[Batch]:
+def eval_batches(packed: Rows, batch_size: int) -> list[Batch]:
     """Cut the rows into batches, in order, each row once.
 
     The last batch is filled up with rows of padding: no targets, segment 0, token 0. All batches
@@ -172,11 +190,13 @@ def eval_batches(packed: Packed, batch_size: int) -> list[Batch]:
     _check_batch(packed, batch_size)
     out = [packed[at : at + batch_size] for at in range(0, len(packed), batch_size)]
     missing = batch_size - len(out[-1]["tokens"])
-    out[-1] = {name: np.pad(a, ((0, missing), (0, 0))) for name, a in out[-1].items()}
+    out[-1] = {
+        name: np.pad(a, ((0, missing), *[(0, 0)] * (a.ndim - 1))) for name, a in out[-1].items()
+    }
     return out
 
 
-def _check_batch(packed: Packed, batch_size: int) -> None:
+def _check_batch(packed: Rows, batch_size: int) -> None:
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; accepted: 1 or more; raise it")
     if not len(packed):
@@ -186,7 +206,7 @@ def _check_batch(packed: Packed, batch_size: int) -> None:
         )
 
 
-def fingerprint(packed: Packed) -> str:
+def fingerprint(packed: Rows) -> str:
     """Hash the arrays and their shapes to 16 hex digits: equal for equal data, in any process."""
     digest = hashlib.sha256()
     for name, array in packed[:].items():

@@ -1,0 +1,309 @@
+"""Knowledge distillation, the whole job: any teacher, any objective, any student.
+
+Load teachers, student and data; make the student (cut, quantized, LoRA); train it by the objective,
+on the data's text, the teacher's or its own; store it; evaluate it beside its teacher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from jaxdistill.errors import UserError
+from jaxdistill.evals.perplexity import make_evaluator
+from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
+from jaxdistill.kd.freeze import (
+    FreezeTransformation,
+    freeze,
+    freeze_mask,
+    freeze_patterns,
+    freeze_phases,
+    migrate,
+)
+from jaxdistill.kd.objective import Objective, kd_objective
+from jaxdistill.kd.rollout import make_rollout
+from jaxdistill.kd.schedule import Schedule, schedule_of
+from jaxdistill.kd.states import tap_of
+from jaxdistill.kd.step import TrainState, adamw, init_state, make_step
+from jaxdistill.kd.teacher_cache import CachedRows
+from jaxdistill.kd.teachers import teacher_confidence
+from jaxdistill.losses.loss import Loss, parse_loss
+from jaxdistill.models.decoder import Params
+from jaxdistill.models.generate import Sampling
+from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
+from jaxdistill.quant.measure import weight_bytes
+from jaxdistill.quant.policy import Policy, dequantize_params
+from jaxdistill.recipes.options import Distill, identity
+from jaxdistill.recipes.run_report import Results, check_student, report_run
+from jaxdistill.recipes.signal_looks import recommended, signal_looks
+from jaxdistill.recipes.trainee import Trainee, make_trainee
+from jaxdistill.recipes.transfer_set import serve, transfer_set, with_teacher_text
+from jaxdistill.train.checkpoint import last_checkpoint
+from jaxdistill.train.loop import Look, train
+from jaxdistill.train.run_directory import RunDirectory
+
+
+def distill(
+    o: Distill,
+    console: Console | None = None,
+    *,
+    known: Mapping[str, Any] | None = None,
+    said: Mapping[str, Any] | None = None,
+) -> Results:
+    """Run the job.
+
+    Args:
+        o: the options.
+        console: where progress and tables are shown; standard error by default.
+        known: the results of ``"teacher"`` or ``"ptq"`` where the same model and held-out text were
+            evaluated before; they are not evaluated again.
+        said: the options as the user gave them, for the run's config.json, where it was by another
+            verb.
+
+    Returns:
+        ``{"teacher", "start" or "ptq", "student"}``, each with its evaluation and ``bytes``; no
+        teacher's where none is live, ``"teacher 2"`` and so on where there are several.
+
+    Raises:
+        UserError: any input is wrong; nothing is written then.
+    """
+    console = console or Console(stderr=True)
+
+    # Models and data; everything that can be wrong with the input is found before writing.
+    loss = parse_loss(o.objective)
+    names = [name for name in (o.teacher or "").split(",") if name]
+    teachers = [_float_model(name) for name in names]
+    base = _float_model(o.student) if o.student else teachers[0]
+    crossed = bool(loss.of_kind("cross_tokenizer"))
+    sizes = [] if crossed else [check_same_vocabulary(t, base) for t in teachers]
+    shared = min(sizes, default=base.config.vocab_size)
+    found = transfer_set(o, base, teachers, loss)
+    plain = [t.apply_fn(dtype=jnp.dtype(o.dtype)) for t in teachers]
+    data = serve(o, found, teachers, plain)
+    student = make_trainee(o, base, teachers[0] if teachers else None, loss, data, console)
+    patterns = _patterns(o, student, teachers, data, console)
+    phases = freeze_phases(patterns, o.steps, o.freeze_start, o.freeze_stop) if o.steps else []
+    fixed = list(student.frozen)
+    if all(jax.tree.leaves(freeze_mask(student.params, patterns + fixed))):
+        raise UserError(
+            f"--freeze {o.freeze} leaves nothing to train; give fewer patterns, or --learn-ranges"
+        )
+    loss = measured(loss, plain, teachers, found.rows, data)
+    schedule = schedule_of(loss, o.steps)
+    objective = objective_of(o, loss, student, teachers, shared)
+    run = RunDirectory(o.out, said or identity(o), resume=o.resume)
+    if o.text_from == "teacher":
+        where = run.path / "teacher_text.npz"
+        found = with_teacher_text(o, found, teachers[0], plain[0], where, console)
+        data = serve(o, found, teachers, plain)
+
+    # Evaluation reads the stored form, the very one that is saved and exported.
+    beside = [] if crossed else plain
+    own = student.apply(trained=False, dtype=jnp.dtype(o.dtype))
+    judged = kd_objective(own, beside or None, mixture=o.mixture, vocab_size=shared, chunk=o.chunk)
+    evaluate = make_evaluator(judged)
+    guides = tuple(t.params for t in teachers)
+
+    def judge(stored: Params, on: list[Any]) -> dict[str, float | int]:
+        policy = student.policy or Policy(rules=())
+        return evaluate(stored, guides if beside else None, on) | {
+            "bytes": weight_bytes(stored, policy)
+        }
+
+    results: Results = dict(known or {})
+    before = student.stored(student.params)
+    name = "ptq" if student.policy else "start"
+    with console.status("evaluating before training"):
+        for i, (teacher, apply) in enumerate(zip(teachers, plain, strict=True)):
+            label = "teacher" if i == 0 else f"teacher {i + 1}"
+            if label not in results and not crossed:
+                results[label] = judge_teacher(o, teacher, apply, shared, found.held)
+                results[label] |= {"kl": 0.0, "agreement": 1.0} if len(teachers) == 1 else {}
+        if name not in results:
+            results[name] = judge(before, found.held)
+
+    # Training: any objective, any transform, any freeze.
+    stored = before
+    if o.steps:
+        quarter = max(1, o.steps // 4)
+        resumed = last_checkpoint(run.checkpoints) if o.resume else None
+        probe = found.held[: max(1, 2048 // (o.batch_size * o.seq_len))]
+        looks = [
+            Look(
+                o.eval_every or quarter,
+                lambda _, params: {
+                    f"eval/{k}": v for k, v in judge(student.stored(params), probe).items()
+                },
+            )
+        ]
+        if _is_its_teacher(student, teachers):
+            since = None if resumed else before
+            assert student.policy is not None
+            looks += signal_looks(o, teachers[0], student.policy, since, found.held, run.path)
+        optimizer = adamw(o.lr, o.steps, weight_decay=o.weight_decay)
+        state = None
+        for phase in phases:
+            if phase.stop < (resumed or 0):
+                continue
+            tx = freeze(optimizer, phase.patterns + fixed)
+            state = enter_phase(state, student, tx, phase.patterns, schedule)
+            state = train(
+                make_step(
+                    objective,
+                    tx,
+                    accumulate=o.accumulate,
+                    rollout=_rollout(o, student, base, shared),
+                    schedule=schedule,
+                ),
+                state,
+                None if o.cache else (guides if len(guides) != 1 else guides[0]),
+                data,
+                steps=phase.stop,
+                run=run,
+                fingerprint=found.fingerprint,
+                resume=o.resume and (phase.start == 0 or (resumed or 0) > phase.start),
+                checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
+                keep=o.keep,
+                looks=looks,
+                console=console,
+            )
+        assert state is not None  # a run of one step or more has a phase
+        stored = student.stored(state.params)
+        with console.status("evaluating the student"):
+            results["student"] = judge(stored, found.held)
+        check_student(results["student"], o.lr)
+    else:
+        results["student"] = results[name]
+    student.save(run.student, stored, base.tokenizer)
+    report_run(run, results, console, _title(o))
+    return results
+
+
+def _float_model(source: str) -> Model:
+    """Load a model; a quantized one may teach too: its float values are what is distilled."""
+    model = load_model(source)
+    params = jax.jit(dequantize_params)(model.params)
+    return dataclasses.replace(model, params=params)
+
+
+def _is_its_teacher(student: Trainee, teachers: Sequence[Model]) -> bool:
+    """Return whether the student is its only teacher quantized, and can be compared inside."""
+    alike = len(teachers) == 1 and student.config == teachers[0].config
+    return alike and student.policy is not None and student.merge is None
+
+
+def _patterns(
+    o: Distill, student: Trainee, teachers: Sequence[Model], data: Any, console: Console
+) -> list[str]:
+    """Return the patterns that the user's word for --freeze means."""
+    if o.freeze != "auto":
+        return freeze_patterns(o.freeze)
+    if not _is_its_teacher(student, teachers):
+        raise UserError(
+            "--freeze auto compares a quantized student with the float model it was made from; "
+            "give --bits and that model as the only --teacher, or name the patterns"
+        )
+    assert student.policy is not None
+    params = {k: v for k, v in student.params.items() if k != "projections"}
+    return recommended(teachers[0], params, student.policy, data, console)
+
+
+def measured(
+    loss: Loss, applies: Sequence[Any], teachers: Sequence[Model], rows: Any, data: Any
+) -> Loss:
+    """Return the loss with what is measured before a run: CAKLD's mean top probability."""
+    if loss.moving().get("cakld.confidence") != "measured":
+        return loss
+    if isinstance(rows, CachedRows):
+        return loss.with_argument("cakld.confidence", rows.confidence())
+    some = [data[i] for i in range(4)]
+    value = teacher_confidence(applies[0], teachers[0].params, some)
+    return loss.with_argument("cakld.confidence", value)
+
+
+def objective_of(
+    o: Distill, loss: Loss, student: Trainee, teachers: Sequence[Model], shared: int
+) -> Objective:
+    """Return the training objective that the options name."""
+    tap = tap_of(loss)
+    dtype = jnp.dtype(o.dtype)
+    learner = student.apply(dtype=dtype, remat=o.remat, tap=tap)
+    guides = [] if o.cache else [t.apply_fn(dtype=dtype, tap=tap) for t in teachers]
+    if loss.of_kind("cross_tokenizer"):
+        return cross_tokenizer_objective(learner, guides[0], loss, chunk=o.chunk)
+    teacher = guides[0] if len(guides) == 1 else guides or None
+    return kd_objective(
+        learner,
+        teacher,
+        loss,
+        mixture=o.mixture,
+        token_weight=o.token_weight,
+        correction=o.correction,
+        top_k=o.top_k,
+        vocab_size=shared,
+        chunk=o.chunk,
+    )
+
+
+def _rollout(o: Distill, student: Trainee, base: Model, shared: int) -> Any:
+    """Return what puts the student's own text in place of the data's; None for off-policy."""
+    if not o.on_policy:
+        return None
+    apply = student.apply(trained=False, dtype=jnp.dtype(o.dtype))
+
+    def speak(*inputs: Any) -> Any:
+        out, cache = apply(*inputs)
+        return out._replace(head=out.head[:shared]), cache  # no row of padding is ever a word
+
+    return make_rollout(
+        speak,
+        student.config,
+        prompt_length=o.prompt_length,
+        how=Sampling(max_new_tokens=o.seq_len - o.prompt_length, temperature=o.sample_temperature),
+        stop=base.stop_ids,
+        share=o.on_policy,
+        seed=o.seed,
+        prepare=student.transform,
+        dtype=jnp.dtype(o.dtype),
+    )
+
+
+def judge_teacher(
+    o: Distill, teacher: Model, apply: Any, shared: int, held: list[Any]
+) -> dict[str, float | int]:
+    """Return a teacher's own evaluation."""
+    alone = make_evaluator(kd_objective(apply, None, vocab_size=shared, chunk=o.chunk))
+    return alone(teacher.params, None, held) | {"bytes": weight_bytes(teacher.params)}
+
+
+def enter_phase(
+    state: TrainState | None,
+    student: Trainee,
+    tx: FreezeTransformation,
+    patterns: list[str],
+    schedule: Schedule | None,
+) -> TrainState:
+    """Return the state that a phase starts from: what it freezes snapped, the optimizer carried on.
+
+    Args:
+        state: the last phase's state; None at the start of a run.
+        student: what a run starts from.
+        tx: the phase's optimizer.
+        patterns: what the phase freezes.
+        schedule: the run's.
+    """
+    params = student.snapped(student.params if state is None else state.params, patterns)
+    if state is None:
+        return init_state(params, tx, schedule)
+    return dataclasses.replace(state, params=params, opt_state=migrate(state.opt_state, tx, params))
+
+
+def _title(o: Distill) -> str:
+    """Say in a few words what a run was."""
+    what = f"{o.bits}-bit KD-QAT" if o.bits != "none" else "knowledge distillation"
+    return what if o.objective == "forward_kl" else f"{what} by {o.objective}"

@@ -1,0 +1,262 @@
+"""The options that trained runs share, checked; and the policy that they ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxdistill.errors import UserError
+from jaxdistill.losses.loss import parse_loss
+from jaxdistill.models.hub import Model
+from jaxdistill.quant.activations import ActivationSpec
+from jaxdistill.quant.calibrate import Method
+from jaxdistill.quant.lattice import QuantSpec, Ranges
+from jaxdistill.quant.policy import Policy, default_policy
+
+_LEAST = {
+    "steps": 0,
+    "batch_size": 1,
+    "seq_len": 2,
+    "accumulate": 1,
+    "chunk": 1,
+    "top_k": 0,
+    "keep": 1,
+    "eval_tokens": 0,
+    "eval_every": 0,
+    "signal_every": -1,
+    "checkpoint_every": -1,
+    "seed": 0,
+    "freeze_start": 0,
+    "freeze_stop": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Say how a student is quantized."""
+
+    bits: Literal["none", 2, 3, 4, 8] = 4
+    """Bits of a weight of the decoder's linear layers; none leaves the student in float."""
+    group_size: Literal["channel"] | int = "channel"
+    """Weights that share a scale: all of an output channel, or this many (32, 64, 128)."""
+    ranges: Ranges = "mse"
+    """How a range is chosen: all weights, most of them (--percentile), or the least error."""
+    range_norm: float = 2.4
+    """Exponent of the error that mse makes least: 2 is the mean square, 2.4 GPTQ's."""
+    percentile: float = 99.9
+    """Percent of the weights that percentile leaves unclipped."""
+    asymmetric: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Give every range a zero point of its own."""
+    learn_ranges: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Train the ranges too: LSQ, or with --asymmetric minimum and maximum."""
+    activation_bits: Literal["none", "8", "16"] = "none"
+    """Bits of the linear layers' inputs, none for float."""
+    activation_scale: Literal["token", "tensor"] = "token"
+    """What shares the scale of quantized activations."""
+    ptq: Literal["rtn"] | Method = "rtn"
+    """Where the student starts: rtn rounds each weight, gptq and awq look at training text too."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Say what is trained, on what, and how."""
+
+    data: str
+    """Training text: .jsonl[.gz], .txt, .parquet, a directory of such files, or a hub data set."""
+    out: Path
+    """Run directory: config, metrics, plots, checkpoints and the student."""
+    objective: str = "forward_kl"
+    """What is minimised: NAME[:ARGUMENT=VALUE,...] or a weighted sum, as in
+    0.9*forward_kl:temperature=2+0.1*ce; a value 4..1 goes from 4 to 1 over the run. `jaxdistill
+    objectives` lists them."""
+    token_weight: str | None = None
+    """Weigh tokens by the teacher: certainty, uncertainty, consensus."""
+    correction: str | None = None
+    """Put the teacher right by the labels: probability_shift, label_mix."""
+    top_k: int = 0
+    """See the teacher through its k likeliest tokens and a tail; 0 for all of it."""
+    freeze: str = "none"
+    """Left untrained, and snapped onto its lattice: ov (v_proj and o_proj), none, auto (what
+    the signal analysis of this model recommends), or a regex over parameter paths; weights trains
+    learned ranges alone."""
+    freeze_start: int = 0
+    """Step at which the freeze begins."""
+    freeze_stop: int = 0
+    """Step at which what was frozen is released; 0 for never."""
+    steps: int = 200
+    """Optimizer updates; 0 for none."""
+    batch_size: int = 8
+    """Rows a step."""
+    seq_len: int = 512
+    """Tokens a row; texts are packed, and do not see each other."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW: linear warm-up, cosine decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices."""
+    loss_on: Literal["all", "completion"] = "all"
+    """Tokens that carry loss: all, or the answers of chat rows alone."""
+    accumulate: int = 1
+    """Micro-batches a step; they divide the batch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and products; masters are float32 always."""
+    remat: bool = False
+    """Recompute each layer in the backward pass: less memory, more time."""
+    chunk: int = 256
+    """Tokens whose vocabulary logits exist at once."""
+    seed: int = 0
+    """Order of the data, samples, and fresh weights."""
+    eval_data: str | None = None
+    """Held-out text; without it every 20th row of the data is held out."""
+    eval_tokens: int = 65536
+    """Tokens of held-out text that are evaluated; 0 for all."""
+    eval_every: int = 0
+    """Steps between looks at a small held-out probe; 0 for four in a run."""
+    signal_every: int = 0
+    """Steps between looks at gradients, SQNR, clipping and flips of each projection, written to
+    signal.jsonl, where the student is its teacher quantized; 0 for at most eight in a run, under 5
+    % of its time; -1 for none."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 for four in a run, -1 for none."""
+    keep: int = 2
+    """Checkpoints kept."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object as the last line."""
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            given = getattr(self, name)
+            if given < least:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {given} given; accepted: {least} or more")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}; "
+                "choose a divisor"
+            )
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"--lr {self.lr} given; accepted: above 0, and finite")
+        parse_loss(self.objective)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize(Training, Quantization):
+    """Quantize a model to 4 bits and repair it by distillation (KD-QAT with ov-freeze)."""
+
+    model: str
+    """Model to quantize, the teacher: an HF directory, a .gguf file, or a hub name."""
+    bits: Literal[2, 3, 4, 8] = 4  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Bits of a weight of the decoder's linear layers."""
+    freeze: str = "ov"
+    """Left untrained, and snapped onto its lattice: ov (v_proj and o_proj), none, auto (what
+    the signal analysis of this model recommends), or a regex over parameter paths; weights trains
+    learned ranges alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(Training, Quantization):
+    """Distill one or several teachers into a smaller student: cut, quantized, LoRA, or its own."""
+
+    teacher: str | None = None
+    """Model to learn from, or several, separated by commas: HF directories, .gguf files, hub
+    names. Not needed with --cache."""
+    student: str | None = None
+    """Model to train; by default a copy of the first teacher."""
+    student_init: tuple[str, ...] = ()
+    """What is made of the student before training: cut:layers=N, cut:intermediate=N,heads=N,
+    lora:rank=R."""
+    bits: Literal["none", 2, 3, 4, 8] = "none"
+    """Bits of a weight of the student's linear layers: quantization-aware; none for float."""
+    mixture: str = "mean"
+    """How several teachers become one: mean, confidence, agreement."""
+    cache: Path | None = None
+    """Learn from this directory of `jaxdistill cache-teacher`; a teacher given as well is used to
+    evaluate alone."""
+    text_from: Literal["data", "teacher"] = "data"
+    """Whose text is trained on: the data's, or the teacher's answers to its prompts
+    (sequence-level)."""
+    on_policy: float = 0.0
+    """Share of the steps that train on the student's own answers (GKD's lambda)."""
+    prompt_length: int = 64
+    """Tokens of a prompt at most, where answers are generated; a plain text's first ones."""
+    sample_temperature: float = 1.0
+    """Of generated answers; 0 is greedy."""
+    rationale_weight: float | None = None
+    """Train on rows' `rationale` too, at this weight (step-by-step)."""
+    curriculum: Literal["none", "length", "teacher"] = "none"
+    """Easy rows first, over the first half of the run: short ones, or those the teacher finds
+    likely."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is None and self.cache is None and self.student is None:
+            raise UserError("no model given; give --teacher, or --cache and --student")
+        if self.teacher is None and self.cache is None and parse_loss(self.objective).needs_teacher:
+            raise UserError(
+                f"--objective {self.objective} compares with a teacher; give --teacher or --cache, "
+                "or train with --objective ce"
+            )
+        alone = self.student is None and not self.student_init and self.bits == "none"
+        if alone and parse_loss(self.objective).needs_teacher:
+            raise UserError(
+                "the student is the teacher itself, which has nothing to learn; give --student, "
+                "--student-init or --bits"
+            )
+        if not 0 <= self.on_policy <= 1 or self.sample_temperature < 0:
+            raise UserError(
+                f"--on-policy {self.on_policy}, --sample-temperature {self.sample_temperature} "
+                "given; accepted: 0 to 1, and 0 or more"
+            )
+        generates = self.on_policy > 0 or self.text_from == "teacher"
+        if generates and not 1 <= self.prompt_length < self.seq_len:
+            raise UserError(
+                f"--prompt-length {self.prompt_length} given with --seq-len {self.seq_len}; "
+                "accepted: at least 1, and less than a row"
+            )
+        if self.text_from == "teacher" and self.teacher is None:
+            raise UserError("--text-from teacher given without --teacher; give one")
+        if self.cache is not None and generates:
+            raise UserError(
+                "--cache given with generated text, which no cache can hold; leave out --cache, "
+                "--on-policy or --text-from"
+            )
+
+
+def identity(o: Training) -> dict[str, Any]:
+    """Return the options that make a run what it is; a resumed run must have the same."""
+    said = dataclasses.asdict(o)
+    kept = {k: v for k, v in said.items() if k not in ("out", "keep", "resume", "json")}
+    return {k: _plain(v) for k, v in kept.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON gives it back."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def policy_of(o: Quantization, model: Model) -> Policy | None:
+    """Return the policy that the options ask for on this model, None for a float student."""
+    if o.bits == "none":
+        return None
+    spec = QuantSpec(
+        bits=o.bits,
+        group_size=None if o.group_size == "channel" else int(o.group_size),
+        ranges=o.ranges,
+        symmetric=not o.asymmetric,
+        learned=o.learn_ranges,
+        norm=o.range_norm,
+        percentile=o.percentile,
+    )
+    head_group = 32 if model.config.hidden_size % 32 == 0 else None
+    policy = default_policy(spec, tied=model.config.tie_embeddings, head_group_size=head_group)
+    if o.activation_bits == "none":
+        return policy
+    seen = ActivationSpec(bits=int(o.activation_bits), scale_per=o.activation_scale)
+    return dataclasses.replace(policy, activations=((r"^layers/", seen),))

@@ -1,0 +1,151 @@
+"""The student of a run: made from a model, quantized where asked, trained, and stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from jaxdistill.kd.states import init_projections
+from jaxdistill.losses.loss import Loss
+from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.decoder import Params, Transform, make_apply
+from jaxdistill.models.hf import save_hf
+from jaxdistill.models.hub import Model
+from jaxdistill.models.quantized import save_quantized
+from jaxdistill.quant.policy import (
+    Policy,
+    add_scales,
+    dequantize_params,
+    fake_quant_activations,
+    fake_quant_params,
+    quantize_params,
+    snap,
+)
+from jaxdistill.recipes.calibrate import calibrated
+from jaxdistill.recipes.options import Distill, policy_of
+from jaxdistill.recipes.student_init import student_from
+
+_CALIBRATION_TOKENS = 16384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """Hold a student as it is trained.
+
+    Attributes:
+        config: its shape.
+        params: float32 masters, and beside them ranges, adapters and learned projections.
+        policy: how it is quantized; None for a float student.
+        merge: brings adapters into the kernels; None where there are none.
+        frozen: patterns that its making alone asks for: all but the adapters.
+    """
+
+    config: ModelConfig
+    params: Params
+    policy: Policy | None
+    merge: Transform | None
+    frozen: tuple[str, ...]
+
+    @property
+    def transform(self) -> Transform | None:
+        """Return what the forward pass sees of the masters: adapters merged, then lattice."""
+        steps = [self.merge, fake_quant_params(self.policy) if self.policy else None]
+        kept = [step for step in steps if step]
+
+        def both(params: Params) -> Params:
+            for step in kept:
+                params = step(params)
+            return params
+
+        return both if kept else None
+
+    def apply(self, *, trained: bool = True, **options: Any) -> Any:
+        """Return the ``ApplyFn`` of the masters, or (``trained`` False) of the stored form."""
+        return make_apply(
+            self.config,
+            transform=self.transform if trained else dequantize_params,
+            activation=fake_quant_activations(self.policy.activations) if self.policy else None,
+            **options,
+        )
+
+    def stored(self, params: Params) -> Params:
+        """Return trained params as they are stored: adapters merged, integers for masters."""
+        kept = {name: child for name, child in params.items() if name != "projections"}
+        kept = jax.jit(self.merge)(kept) if self.merge else kept
+        return quantize_params(kept, self.policy) if self.policy else kept
+
+    def snapped(self, params: Params, patterns: list[str]) -> Params:
+        """Return params with what the patterns freeze moved onto its lattice."""
+        for pattern in patterns if self.policy else ():
+            assert self.policy is not None
+            params = snap(params, self.policy, pattern)
+        return params
+
+    def save(self, directory: Path, stored: Params, tokenizer: Any) -> None:
+        """Write the stored form: integers and scales, or a float HF directory."""
+        if self.policy:
+            save_quantized(directory, self.config, stored, tokenizer, self.policy)
+        else:
+            save_hf(directory, self.config, stored, tokenizer)
+
+
+def make_trainee(
+    o: Distill, base: Model, teacher: Model | None, loss: Loss, data: Any, console: Console
+) -> Trainee:
+    """Make the student that the options ask for.
+
+    Args:
+        o: the options.
+        base: the float model that it is made from.
+        teacher: gives the width of learned projections; None where no teacher is live.
+        loss: says which projections are learned.
+        data: batches; some of them calibrate GPTQ or AWQ.
+        console: where progress is shown.
+
+    Raises:
+        UserError: the model cannot be cut or quantized so.
+    """
+    cuts = [spec for spec in o.student_init if not spec.startswith("lora")]
+    model = base
+    if cuts:
+        cut = student_from(base, cuts, o.seed)
+        model = dataclasses.replace(base, config=cut.config, params=cut.params)
+    policy = policy_of(o, model)
+    params = model.params if policy is None else _quantized(o, model, policy, data, console)
+    merge, frozen = None, ()
+    if len(cuts) < len(o.student_init):
+        adapters = [spec for spec in o.student_init if spec.startswith("lora")]
+        made = student_from(dataclasses.replace(model, params=params), adapters, o.seed)
+        params, merge, frozen = made.params, made.transform, made.freeze
+    learned = init_projections(
+        loss,
+        model.config.hidden_size,
+        (teacher or model).config.hidden_size,
+        model.config.num_layers,
+        jax.random.key(o.seed),
+    )
+    params = params | ({"projections": learned} if learned else {})
+    return Trainee(
+        config=model.config, params=params, policy=policy, merge=merge, frozen=tuple(frozen)
+    )
+
+
+def _quantized(o: Distill, model: Model, policy: Policy, data: Any, console: Console) -> Params:
+    """Return the params with ranges beside them, by the method that the options name."""
+    if o.ptq == "rtn":
+        return add_scales(model.params, policy)
+    number = max(1, _CALIBRATION_TOKENS // (o.batch_size * o.seq_len))
+    with console.status(f"calibrating by {o.ptq}") as status:
+        return calibrated(
+            model,
+            policy,
+            [data[i] for i in range(number)],
+            o.ptq,
+            dtype=jnp.dtype(o.dtype),
+            progress=lambda i, n: status.update(f"calibrating by {o.ptq}: layer {i} of {n}"),
+        )

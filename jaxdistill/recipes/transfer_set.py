@@ -1,0 +1,187 @@
+"""What a student is trained on: packed text, prompts and answers, pairs, or a teacher's cache."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxdistill.errors import UserError
+from jaxdistill.kd.objective import kd_objective
+from jaxdistill.kd.sequence_level import teacher_text
+from jaxdistill.kd.teacher_cache import CachedRows, check_loss, open_cache
+from jaxdistill.losses.loss import Loss
+from jaxdistill.models.generate import Sampling
+from jaxdistill.models.hub import Model
+from jaxdistill.recipes.cache_teacher import cache_fingerprints
+from jaxdistill.recipes.options import Distill
+from jaxdistill.recipes.prepare import check_length, eval_batches_of, pack_rows, split_rows
+from jaxdistill.train.curriculum import CurriculumBatches
+from jaxdistill.train.data import load_rows
+from jaxdistill.train.encode import encode_rows
+from jaxdistill.train.packing import Batch, Packed, batches, fingerprint
+from jaxdistill.train.pairing import pair_rows
+from jaxdistill.train.prompts import prompt_rows
+from jaxdistill.train.rationale import rationale_rows
+
+
+class TransferSet(NamedTuple):
+    """Hold a run's data.
+
+    Attributes:
+        rows: ``rows[i]`` is a dict of arrays, of one row or of a slice of rows.
+        held: the batches that are evaluated.
+        fingerprint: of the training rows, kept with each checkpoint.
+    """
+
+    rows: Any
+    held: list[Batch]
+    fingerprint: str
+
+
+def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) -> TransferSet:
+    """Load, split and lay out the data that the options name, with the student's tokenizer.
+
+    Raises:
+        UserError: the data cannot be read, or do not suit the way of training.
+    """
+    rows: Any = load_rows(o.data)
+    if o.eval_data is None:
+        rows, held_rows = split_rows(rows, o.data)
+    else:
+        held_rows = load_rows(o.eval_data)
+    if o.rationale_weight is not None:
+        rows = rationale_rows(rows, o.rationale_weight)
+    held = pack_rows(held_rows, student, o.seq_len, o.loss_on, add_eos=False)
+    held = eval_batches_of(held, o.batch_size, o.eval_tokens)
+    if loss.of_kind("cross_tokenizer"):
+        return _paired(o, rows, held, student, teachers)
+    if o.on_policy or o.text_from == "teacher":
+        check_length(o.seq_len, student)
+        tokenizer = student.text_tokenizer()
+        form = rows.column_names
+        answers = "all" if "text" in form else "completion"
+        packed = prompt_rows(
+            encode_rows(rows, tokenizer, loss_on=answers),
+            seq_len=o.seq_len,
+            prompt_length=o.prompt_length,
+            pad_id=cast(int, tokenizer.pad_token_id or 0),
+        )
+    else:
+        packed = pack_rows(rows, student, o.seq_len, o.loss_on)
+    if o.cache is not None:
+        return _cached(o, packed, held, student, teachers, loss)
+    return TransferSet(packed, held, fingerprint(packed))
+
+
+def _paired(
+    o: Distill, rows: Any, held: list[Batch], student: Model, teachers: list[Model]
+) -> TransferSet:
+    """Return texts as both tokenizers read them, with the places where they meet."""
+    if len(teachers) != 1 or o.cache is not None or o.on_policy or o.text_from == "teacher":
+        raise UserError(
+            "a cross-tokenizer objective learns from one live teacher on the data's text; give one "
+            "--teacher, and no --cache, --on-policy or --text-from"
+        )
+    for model in (student, teachers[0]):
+        check_length(o.seq_len, model)
+    paired = pair_rows(
+        rows,
+        student.text_tokenizer(),
+        teachers[0].text_tokenizer(),
+        o.seq_len,
+        teacher_seq_len=min(2 * o.seq_len, teachers[0].config.max_position_embeddings),
+        loss_on=o.loss_on,
+    )
+    return TransferSet(paired, held, fingerprint(paired))
+
+
+def _cached(
+    o: Distill,
+    packed: Packed,
+    held: list[Batch],
+    student: Model,
+    teachers: list[Model],
+    loss: Loss,
+) -> TransferSet:
+    prints = cache_fingerprints(packed, student.text_tokenizer(), teachers)
+    assert o.cache is not None
+    cache = open_cache(o.cache, prints)
+    check_loss(cache, loss, correction=o.correction)
+    if cache.header.vocab_size > student.config.vocab_size:
+        raise UserError(
+            f"{o.cache} is of a teacher of {cache.header.vocab_size} tokens, and the student "
+            f"{student.source} has {student.config.vocab_size}; accepted: a cache of no more "
+            "tokens than the student has; cache a teacher of the student's family"
+        )
+    return TransferSet(CachedRows(packed, cache), held, fingerprint(packed))
+
+
+def with_teacher_text(
+    o: Distill, found: TransferSet, teacher: Model, apply: Any, where: Any, console: Console
+) -> TransferSet:
+    """Return the set with the teacher's answers to its prompts (sequence-level distillation).
+
+    Answers are written to ``where`` (an .npz file) once; a resumed run reads them from there.
+    """
+    if not where.is_file():
+        with console.status("the teacher writes its answers") as status:
+            made = teacher_text(
+                apply,
+                teacher.params,
+                teacher.config,
+                found.rows[:],
+                prompt_length=o.prompt_length,
+                how=Sampling(
+                    max_new_tokens=o.seq_len - o.prompt_length, temperature=o.sample_temperature
+                ),
+                stop=teacher.stop_ids,
+                batch_size=o.batch_size,
+                seed=o.seed,
+                progress=lambda n: status.update(f"the teacher writes its answers: {n} done"),
+            )
+        part = where.with_name("part-" + where.name)
+        np.savez(part, **cast(Any, made))
+        part.replace(where)
+    with np.load(where) as saved:
+        rows = Packed(**{name: saved[name] for name in saved.files})
+    return found._replace(rows=rows, fingerprint=fingerprint(rows))
+
+
+def serve(o: Distill, found: TransferSet, teachers: list[Model], applies: list[Any]) -> Any:
+    """Return ``data[i]``, the batch of step i, in the order that the options ask for.
+
+    Raises:
+        UserError: a curriculum by a teacher is asked for, and none is live.
+    """
+    if o.curriculum == "none":
+        return batches(found.rows, batch_size=o.batch_size, seed=o.seed)
+    if o.curriculum == "length":
+        difficulty = np.array(
+            [found.rows[i]["loss_mask"].sum() for i in range(len(found.rows))], float
+        )
+    elif not teachers:
+        raise UserError("--curriculum teacher asks a teacher what is easy; give --teacher")
+    else:
+        difficulty = _nll_of_rows(applies[0], teachers[0].params, found.rows)
+    return CurriculumBatches(
+        found.rows,
+        difficulty,
+        batch_size=o.batch_size,
+        seed=o.seed,
+        rise=o.steps // 2,
+    )
+
+
+def _nll_of_rows(apply: Any, params: Any, rows: Any) -> np.ndarray:
+    """Return each row's mean NLL by a model."""
+    objective = kd_objective(apply, None)
+
+    @jax.jit
+    def nll(params, row):
+        total, count, _ = objective(params, None, jax.tree.map(lambda x: x[None], row))
+        return total / jax.numpy.maximum(count, 1.0)
+
+    return np.array([nll(params, rows[i]) for i in range(len(rows))], float)

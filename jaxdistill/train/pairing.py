@@ -1,0 +1,227 @@
+"""Texts read by two tokenizers, and the places at which both have read the same characters.
+
+A pair ``(i, j)`` says that the student's tokens up to and including ``i`` and the teacher's up to
+and including ``j`` spell the same text, so that the predictions made there are of the same future,
+and that what stands between two pairs is one piece of text for both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32
+from transformers import PreTrainedTokenizerFast
+
+from jaxdistill.errors import UserError
+from jaxdistill.train.encode import Example, encode_rows
+from jaxdistill.train.encode import _render as render_row
+from jaxdistill.train.encode import _Rendered as Rendered
+from jaxdistill.train.packing import Batch, Packed, no_packing
+
+_CHUNK = 1024  # texts that a tokenizer sees at once, over its own threads
+_FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Paired:
+    """Hold N texts as rows of T student's and U teacher's tokens, one text a row.
+
+    Attributes:
+        student: the student's rows, see ``Packed``.
+        teacher: the teacher's rows of the same texts.
+        pair_student: places in the student's row, rising; 0 where ``pair_mask`` is False.
+        pair_teacher: places in the teacher's row that have read as much.
+        pair_mask: which pairs are there.
+    """
+
+    student: Packed
+    teacher: Packed
+    pair_student: Int32[np.ndarray, "N P"]
+    pair_teacher: Int32[np.ndarray, "N P"]
+    pair_mask: Bool[np.ndarray, "N P"]
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.student)
+
+    def __getitem__(self, index: int | slice) -> Batch:
+        """Give one row, or a slice of rows; the teacher's fields are named ``teacher_...``."""
+        teacher = self.teacher[index]
+        return (
+            self.student[index]
+            | {f"teacher_{name}": teacher[name] for name in _FIELDS}
+            | {
+                name: getattr(self, name)[index]
+                for name in ("pair_student", "pair_teacher", "pair_mask")
+            }
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """Count the student's tokens that are predicted."""
+        return self.student.num_targets
+
+
+class _Read(NamedTuple):
+    """Hold a text as one tokenizer reads it, and how much of it each token ends at.
+
+    Attributes:
+        example: tokens and targets.
+        ends: the characters that have been read whole after each token; -1 inside a character.
+    """
+
+    example: Example
+    ends: np.ndarray
+
+
+def pair_rows(
+    rows: Iterable[Mapping[str, Any]],
+    student: PreTrainedTokenizerFast,
+    teacher: PreTrainedTokenizerFast,
+    seq_len: int,
+    *,
+    teacher_seq_len: int | None = None,
+    loss_on: Literal["all", "completion"] = "all",
+    template: Literal["auto", "chat", "plain"] = "auto",
+    add_eos: bool = True,
+) -> Paired:
+    """Encode each row with both tokenizers and find where they meet.
+
+    Chat rows are written by the student's template, and the teacher reads the same characters; what
+    is beyond ``seq_len`` tokens of a text is left out, for texts are not packed.
+
+    Args:
+        rows: as ``encode_rows`` takes them.
+        student: gives the student's ids and the chat template.
+        teacher: gives the teacher's ids.
+        seq_len: T; a longer text is cut.
+        teacher_seq_len: U; default T. Give more to a teacher whose tokens are shorter.
+        loss_on: see ``encode_rows``.
+        template: see ``encode_rows``.
+        add_eos: end plain texts with each tokenizer's own end-of-text token, which meet too.
+
+    Raises:
+        UserError: a row has no accepted form, or no row has two places where both meet.
+    """
+    rows = list(rows)
+    encode = functools.partial(encode_rows, loss_on=loss_on, template=template, add_eos=add_eos)
+    examples = encode(rows, student)  # also checks the rows
+    chat = bool(student.chat_template) and template != "plain"
+    rendered = [
+        render_row(row, f"row {i}", student, chat, loss_on == "completion", add_eos)
+        for i, row in enumerate(rows, 1)
+    ]
+    own = _read(rendered, student, add_eos)
+    other = _read(rendered, teacher, add_eos)
+    for example, read in zip(examples, own, strict=True):
+        assert np.array_equal(example.tokens, read.example.tokens)
+    kept = [
+        (example, a, b)
+        for example, a, b in zip(examples, own, other, strict=True)
+        if len(a.ends) >= 2 and len(b.ends) >= 2
+    ]
+    shorter = teacher_seq_len or seq_len
+    pairs = [_meetings(a.ends[:seq_len], b.ends[:shorter]) for _, a, b in kept]
+    if not any(len(p) > 1 for p in pairs):
+        raise UserError(
+            f"the student's tokenizer (of {len(student)} tokens) and the teacher's (of "
+            f"{len(teacher)}) end at no common place in any of {len(rows)} texts; accepted: texts "
+            "of two tokens or more that both can spell; give other data or another teacher"
+        )
+    pair = np.zeros((len(pairs), max(map(len, pairs)), 2), np.int32)
+    mask = np.zeros(pair.shape[:2], np.bool_)
+    for n, found in enumerate(pairs):
+        pair[n, : len(found)], mask[n, : len(found)] = found, True
+    return Paired(
+        student=no_packing([e for e, _, _ in kept], seq_len, pad_id=_pad(student)),
+        teacher=no_packing([b.example for _, _, b in kept], shorter, pad_id=_pad(teacher)),
+        pair_student=np.ascontiguousarray(pair[..., 0]),
+        pair_teacher=np.ascontiguousarray(pair[..., 1]),
+        pair_mask=mask,
+    )
+
+
+def _pad(tokenizer: PreTrainedTokenizerFast) -> int:
+    pad: Any = tokenizer.pad_token_id
+    return pad or 0
+
+
+def _read(
+    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerFast, add_eos: bool
+) -> list[_Read]:
+    """Encode strings, and tell how many characters have been read whole after each token."""
+    full = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    full.no_truncation()
+    full.no_padding()
+    # Post-processing may move offsets away from spaces, so texts are read without it too.
+    bare = tokenizers.Tokenizer.from_str(full.to_str())
+    bare.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    eos: Any = tokenizer.eos_token_id if add_eos else None
+    found = []
+    for at in range(0, len(rendered), _CHUNK):
+        rows = rendered[at : at + _CHUNK]
+        texts = [row.text if row.text.strip() else "" for row in rows]
+        inner = bare.encode_batch(texts, add_special_tokens=False)
+        whole = {
+            special: full.encode_batch(texts, add_special_tokens=special)
+            for special in {row.special for row in rows}
+        }
+        for i, row in enumerate(rows):
+            ids = list(whole[row.special][i].ids) if texts[i] else []
+            if texts[i] and row.close and eos is not None and ids[-1:] != [eos]:
+                ids.append(eos)
+            found.append(_located(ids, inner[i], row))
+    return found
+
+
+def _located(ids: list[int], inner: tokenizers.Encoding, row: Rendered) -> _Read:
+    """Return a text's tokens, special ones around its own, with their targets and ends."""
+    before = _offset_of(inner.ids, ids)
+    own = slice(before, before + len(inner.ids))
+    offsets = np.array(inner.offsets, np.int64).reshape(-1, 2)
+    # Beginnings have read nothing; an end has read the whole text and, as one more, its end.
+    ends = np.zeros(len(ids), np.int64)
+    ends[own] = _ends(offsets)
+    ends[own.stop :] = len(row.text) + 1 + np.arange(len(ids) - own.stop)
+    mask = np.full(len(ids), row.spans is None)
+    for start, stop in row.spans or ():
+        mask[own] |= (offsets[:, 1] > start) & (offsets[:, 0] < stop)
+    mask[:1] = False
+    return _Read(Example(tokens=np.array(ids, np.int32), loss_mask=mask), ends)
+
+
+def _offset_of(inner: Sequence[int], ids: Sequence[int]) -> int:
+    """Return how many special tokens were put before a text's own."""
+    for at in range(len(ids) - len(inner) + 1):
+        if list(ids[at : at + len(inner)]) == list(inner):
+            return at
+    raise UserError(
+        "a tokenizer puts special tokens inside of a text; accepted: before and after it; give a "
+        "model with another tokenizer"
+    )
+
+
+def _ends(offsets: np.ndarray) -> np.ndarray:
+    """Return how far each token ends the text, -1 where a later one still adds to a character.
+
+    The pieces of one character all claim the whole of it; only the last of them has read it.
+    """
+    if not len(offsets):
+        return np.zeros(0, np.int64)
+    start, end = offsets[:, 0], offsets[:, 1]
+    later = np.append(np.minimum.accumulate(start[::-1])[::-1][1:], end.max())
+    whole = (np.maximum.accumulate(end) <= end) & (later >= end)
+    return np.where(whole, end, -1)
+
+
+def _meetings(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """Return the pairs ``[P, 2]`` of places that end at the same character, the last of each."""
+    last = {int(end): j for j, end in enumerate(teacher) if end >= 0}
+    own = {int(end): i for i, end in enumerate(student) if end >= 0}
+    found = [(i, last[end]) for end, i in sorted(own.items()) if end in last]
+    return np.array(found, np.int32).reshape(-1, 2)
