@@ -22,13 +22,13 @@ import jax
 import numpy as np
 
 import jaxdistill as jd
+from jaxdistill.evals.confidence import teacher_confidence
 from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.rollout import make_rollout
 from jaxdistill.kd.schedule import schedule_of
 from jaxdistill.kd.sequence_level import teacher_text
 from jaxdistill.kd.states import init_projections, tap_of
-from jaxdistill.kd.teachers import teacher_confidence
 from jaxdistill.losses.loss import parse_loss
 from jaxdistill.models.decoder import Output
 from jaxdistill.models.generate import Sampling
@@ -70,40 +70,15 @@ FAMILIES = [
     Family(name="cross-entropy", loss="ce"),
     Family(name="logits: forward KL"),
     Family(name="logits: forward KL + CE", loss="0.5*forward_kl+0.5*ce"),
-    Family(name="on-policy: GKD, JSD, half of the steps", loss="jsd", on_policy=0.5),
+    Family(name="on-policy: GKD, forward KL, half of the steps", on_policy=0.5),
     Family(name="sequence-level: the teacher's text", loss="ce", text="teacher"),
     Family(name="hidden states + forward KL", loss="forward_kl+hidden"),
     Family(name="multi-teacher, mean", teachers=2),
     Family(name="uncertainty: certain tokens", options={"token_weight": "certainty"}),
     Family(name="dynamic: TAID", loss="taid"),
     Family(name="cache: top 64 and tail", options={"top_k": 64}),
-    Family(name="logits: reverse KL", loss="reverse_kl"),
-    Family(name="logits: Jeffreys", loss="jeffreys"),
-    Family(name="logits: JSD", loss="jsd"),
-    Family(name="logits: skew forward KL", loss="skew_forward_kl"),
-    Family(name="logits: skew reverse KL", loss="skew_reverse_kl"),
-    Family(name="logits: total variation", loss="total_variation"),
-    Family(name="logits: adaptive KL", loss="adaptive_kl"),
-    Family(name="logits: CAKLD", loss="cakld"),
-    Family(name="logits: forward KL, temperature 2", loss="forward_kl:temperature=2"),
-    Family(name="dynamic: temperature 4 to 1", loss="forward_kl:temperature=4..1"),
-    Family(name="dynamic: easy rows first", order="teacher"),
-    Family(name="attention maps + forward KL", loss="forward_kl+attention"),
-    Family(name="relations + forward KL", loss="forward_kl+0.1*relations:heads=3"),
-    Family(name="uncertainty: uncertain tokens", options={"token_weight": "uncertainty"}),
-    Family(name="multi-teacher, by confidence", teachers=2, mixture="confidence"),
-    Family(name="multi-teacher, by agreement", teachers=2, mixture="agreement"),
-    Family(name="task-specific: probability shift", options={"correction": "probability_shift"}),
-    Family(name="task-specific: label mix", options={"correction": "label_mix:share=0.3"}),
-    Family(
-        name="on-policy: policy gradient + forward KL",
-        loss="policy_gradient+forward_kl",
-        on_policy=0.5,
-    ),
     Family(name="4 bits: cross-entropy", loss="ce", bits=4),
     Family(name="4 bits: forward KL", bits=4),
-    Family(name="4 bits: CAKLD", loss="cakld", bits=4),
-    Family(name="4 bits: top 64 and tail", bits=4, options={"top_k": 64}),
     Family(name="LoRA of rank 32: cross-entropy", loss="ce", student=(*CUT, "lora:rank=32")),
     Family(name="LoRA of rank 32: forward KL", student=(*CUT, "lora:rank=32")),
     Family(
@@ -112,6 +87,32 @@ FAMILIES = [
         student=("cut:layers=4,intermediate=768",),
     ),
     Family(name="half of the MLP's width: forward KL", student=("cut:layers=4,intermediate=768",)),
+    Family(name="task-specific: probability shift", options={"correction": "probability_shift"}),
+    Family(name="attention maps + forward KL", loss="forward_kl+attention"),
+    Family(name="relations + forward KL", loss="forward_kl+0.1*relations:heads=3"),
+    Family(name="dynamic: easy rows first", order="teacher"),
+    Family(
+        name="on-policy: policy gradient",
+        loss="policy_gradient",
+        on_policy=1.0,
+    ),
+    Family(name="logits: reverse KL", loss="reverse_kl"),
+    Family(name="logits: JSD", loss="jsd"),
+    Family(name="on-policy: GKD, JSD, half of the steps", loss="jsd", on_policy=0.5),
+    Family(name="logits: adaptive KL", loss="adaptive_kl"),
+    Family(name="logits: Jeffreys", loss="jeffreys"),
+    Family(name="logits: skew forward KL", loss="skew_forward_kl"),
+    Family(name="logits: skew reverse KL", loss="skew_reverse_kl"),
+    Family(name="logits: total variation", loss="total_variation"),
+    Family(name="logits: CAKLD", loss="cakld"),
+    Family(name="logits: forward KL, temperature 2", loss="forward_kl:temperature=2"),
+    Family(name="dynamic: temperature 4 to 1", loss="forward_kl:temperature=4..1"),
+    Family(name="uncertainty: uncertain tokens", options={"token_weight": "uncertainty"}),
+    Family(name="multi-teacher, by confidence", teachers=2, mixture="confidence"),
+    Family(name="multi-teacher, by agreement", teachers=2, mixture="agreement"),
+    Family(name="task-specific: label mix", options={"correction": "label_mix:share=0.3"}),
+    Family(name="4 bits: CAKLD", loss="cakld", bits=4),
+    Family(name="4 bits: top 64 and tail", bits=4, options={"top_k": 64}),
 ]
 
 

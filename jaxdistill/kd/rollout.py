@@ -55,8 +55,9 @@ def own_answers(
         dtype: of ``apply``'s activations.
 
     Returns:
-        the batch of the same fields, shapes and types, weights 1; and the log-probability of each
-        sampled token under the distribution that it was drawn from, ``[B, T]``, 0 elsewhere.
+        the batch of the same fields, shapes and types, the weight of a row's answer kept; and the
+        log-probability of each sampled token under the distribution that it was drawn from,
+        ``[B, T]``, 0 elsewhere.
 
     Raises:
         UserError: there is no room for an answer, or the batch has other fields, which would tell
@@ -100,8 +101,11 @@ def own_answers(
         "loss_mask": drawn,
         "segment_ids": filled,
         "positions": jnp.where(filled, place, 0),
-        "weights": jnp.ones((B, T)),
     }
+    if "weights" in batch:  # the answer's weight passes on to what is written in its place
+        found["weights"] = jnp.broadcast_to(
+            jnp.take_along_axis(batch["weights"], end[:, None], axis=1), (B, T)
+        )
     real = jnp.broadcast_to(jnp.any(targets, axis=1)[:, None], (B, T))
     changed = {k: jnp.where(real, found[k].astype(x.dtype), x) for k, x in batch.items()}
     log_probs = jnp.take_along_axis(samples.log_probs, at, axis=1)

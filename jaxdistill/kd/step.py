@@ -78,11 +78,16 @@ def adamw(
     )
 
 
+def _or_one(count: Array) -> Array:
+    """Return what a sum is divided by: the count, a sum of weights may be below 1; 1 for none."""
+    return jnp.where(count > 0, count, jnp.ones_like(count))
+
+
 def _moved_on(schedule: Schedule | None, state: TrainState, loss: tuple[Array, Array]) -> Any:
     """Return the schedule's state after a step of this (loss sum, count)."""
     if schedule is None:
         return state.schedule
-    return schedule.update(state.schedule, state.step, loss[0] / jnp.maximum(loss[1], 1.0))
+    return schedule.update(state.schedule, state.step, loss[0] / _or_one(loss[1]))
 
 
 def make_step(
@@ -103,7 +108,8 @@ def make_step(
         objective: see ``kd.objective``.
         tx: any optax optimizer, usually ``ov_freeze(...)`` of one.
         accumulate: micro-batches a step; the batch's rows are divided among them, and the loss is
-            the same mean over all their tokens.
+            the same mean over all their tokens (of terms with counts of their own, on states or
+            across tokenizers, the mean of the micro-batches' means).
         rollout: ``(params, batch, step) -> batch``, which may put the student's own text in place
             of the data's before the loss is taken (``kd.rollout``); no gradient passes through it.
         schedule: hands the objective its ``knobs`` (``kd.schedule``); ``init_state`` needs it too.
@@ -140,7 +146,7 @@ def make_step(
             gradient, count, metrics = jax.lax.scan(
                 lambda total, part: (jax.tree.map(jnp.add, total, micro(part)), None), zeros, parts
             )[0]
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), gradient)
+        gradient = jax.tree.map(lambda g: g / _or_one(count), gradient)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
             updates, opt_state = tx.update(
                 zeros_for_frozen(gradient, state.params), state.opt_state, state.params

@@ -1,15 +1,13 @@
-"""Several teachers as one, teachers put right by labels, and how sure a teacher is."""
+"""Several teachers as one, and teachers put right by labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.errors import UserError
 from jaxdistill.losses.divergences import kl, log_probs, target_log_probs
 from jaxdistill.losses.registry import register
 
@@ -35,7 +33,10 @@ def _all_log_probs(teacher_logits: Teachers) -> Float[Array, "M N V"]:
     cost="a log-softmax for each teacher",
 )
 def mean(teacher_logits: Teachers, targets: Targets, *, first: float = 0.0) -> Float[Array, "N V"]:
-    """Return the mean of the teachers' probabilities, or give the first a share of its own."""
+    """Return the mean of the teachers' probabilities, or give the first a share of its own.
+
+    ``first`` is that share; 0 gives all the same.
+    """
     log_p = _all_log_probs(teacher_logits)
     m = log_p.shape[0]
     shares = [first, *[(1 - first) / max(1, m - 1)] * (m - 1)] if first and m > 1 else [1 / m] * m
@@ -108,33 +109,3 @@ def label_mix(
     log_p = jnp.log1p(-share) + log_probs(teacher_logits)
     rows = jnp.arange(log_p.shape[0])
     return log_p.at[rows, targets].set(jnp.logaddexp(log_p[rows, targets], jnp.log(share)))
-
-
-def teacher_confidence(
-    teacher: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]]
-) -> float:
-    """Return the mean of the teacher's largest probability over the target tokens of batches.
-
-    Source: the constant of BitDistiller's CAKLD (arXiv 2402.10631), here of the top token.
-    """
-    from jaxdistill.kd.objective import next_token_targets
-    from jaxdistill.losses.chunked import Head, chunked_sums
-
-    def rows(z, guides, row, shared):
-        top = jnp.exp(jnp.max(log_probs(z), axis=-1))
-        kept = jnp.where(row["mask"], top, jnp.zeros_like(top))
-        return {"loss": jnp.sum(kept), "count": jnp.sum(row["mask"], dtype=jnp.float32)}
-
-    @jax.jit
-    def sums(params, batch):
-        out = teacher(params, batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
-        head = Head(out.hidden.reshape(-1, out.hidden.shape[-1]), out.head, out.softcap)
-        return chunked_sums(rows, head, (), {"mask": next_token_targets(batch)[1]}, fused=False)
-
-    total = count = 0.0
-    for batch in batches:
-        found = sums(params, batch)
-        total, count = total + float(found["loss"]), count + float(found["count"])
-    if not count:
-        raise UserError("the batches hold no target token; give longer texts")
-    return total / count

@@ -222,8 +222,8 @@ def cakld(
 ) -> Values:
     """Return reverse and forward KL, weighed by the teacher's confidence on the data.
 
-    ``confidence`` is a constant of teacher and data: ``kd.teachers.teacher_confidence`` measures
-    it, and the command line does so by itself.
+    ``confidence`` is a constant of teacher and data, which the command line measures by itself
+    (``evals.confidence``).
     """
     log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
     mixed = confidence * kl(log_q, log_p) + (1 - confidence) * kl(log_p, log_q)

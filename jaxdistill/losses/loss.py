@@ -188,11 +188,15 @@ def _check_value(entry: Entry, name: str, value: Any, word: str | None) -> None:
         accepted = f"a word such as {default}" if isinstance(default, str) else number
         shown = "a ramp" if isinstance(value, Ramp) else value
         raise UserError(f"{entry.name}:{name} is {shown}; accepted: {accepted}")
+    if isinstance(value, Ramp) and (name == "heads" or entry.kind in _STILL):
+        raise UserError(f"{entry.name}:{name} is a ramp; accepted: one number for the whole run")
     bounds, holds = _BOUNDS.get(name, ("", lambda x: True))
     for x in value if isinstance(value, Ramp) else (value,):
         if x != word and not holds(x):
             raise UserError(f"{entry.name}:{name} is {x}; accepted: {bounds}")
 
+
+_STILL: tuple[Kind, ...] = ("token_weight", "mixture", "correction")
 
 # What an argument of this name may be, whichever objective's it is.
 _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -201,6 +205,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "power": ("0 or more", lambda x: x >= 0),
     "share": ("from 0 to below 1", lambda x: 0 <= x < 1),
     "heads": ("a whole number from 1", lambda x: x >= 1 and x == int(x)),
+    "align": ("spans or index", lambda x: x in ("spans", "index")),
     "layers": ("uniform or last", lambda x: x in ("uniform", "last")),
 }
 for _name in ("alpha", "beta", "confidence", "first", "head", "t"):

@@ -58,6 +58,10 @@ class Model:
             )
         return self.tokenizer
 
+    def floats(self) -> Model:
+        """Return the model with float weights: a quantized one may teach too."""
+        return dataclasses.replace(self, params=jax.jit(dequantize_params)(self.params))
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Return the ids that end a text: the config's, or else the tokenizer's."""

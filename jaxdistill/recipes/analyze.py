@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -31,7 +30,6 @@ from jaxdistill.quant.measure import clipped_share, flip_rate
 from jaxdistill.quant.policy import (
     Policy,
     add_scales,
-    dequantize_params,
     fake_quant_activations,
     fake_quant_params,
     quantize_params,
@@ -90,8 +88,7 @@ def analyze(o: Analyze, console: Console | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     _check_options(o)
     _check_out(o.out)
-    teacher = load_model(o.model)
-    teacher = dataclasses.replace(teacher, params=jax.jit(dequantize_params)(teacher.params))
+    teacher = load_model(o.model).floats()
     job = _job(o)
     policy = policy_of(job, teacher)
     assert policy is not None  # Quantize has no float student

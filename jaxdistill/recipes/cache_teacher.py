@@ -8,18 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.cache_writer import write_cache
@@ -29,8 +20,8 @@ from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.models.tokenizer import Tokenizer
 from jaxdistill.models.tokenizer import fingerprint as tokenizer_fingerprint
-from jaxdistill.quant.policy import dequantize_params
 from jaxdistill.recipes.prepare import pack_rows, split_rows
+from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.packing import fingerprint
 
@@ -128,11 +119,7 @@ def cache_teacher(o: CacheTeacher, console: Console | None = None) -> dict[str, 
     rows = load_rows(o.data)
     if o.eval_data is None:
         rows, _ = split_rows(rows, o.data)
-    teachers = [load_model(name) for name in names]
-    # A quantized model may teach too: its float values are what is cached.
-    teachers = [
-        dataclasses.replace(t, params=jax.jit(dequantize_params)(t.params)) for t in teachers
-    ]
+    teachers = [load_model(name).floats() for name in names]
     sizes = [check_same_vocabulary(teachers[0], t) for t in teachers[1:]]
     packed = pack_rows(rows, teachers[0], o.seq_len, o.loss_on)
     for other in teachers[1:]:
@@ -143,8 +130,8 @@ def cache_teacher(o: CacheTeacher, console: Console | None = None) -> dict[str, 
             )
     prints = cache_fingerprints(packed, teachers[0].text_tokenizer(), teachers)
     began, made = time.perf_counter(), 0
-    with _progress(console) as progress:
-        task = progress.add_task("caching", total=len(packed))
+    with item_progress(console) as progress:
+        task = progress.add_task("caching rows", total=len(packed))
 
         def advance(done: int, new: bool) -> None:
             nonlocal made
@@ -180,16 +167,3 @@ def cache_teacher(o: CacheTeacher, console: Console | None = None) -> dict[str, 
         "kept": CachedRows(packed, cache).kept(),
         "fingerprints": prints,
     }
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )

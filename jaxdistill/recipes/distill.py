@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jaxdistill.errors import UserError
+from jaxdistill.evals.confidence import teacher_confidence
 from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
 from jaxdistill.kd.freeze import (
@@ -31,20 +32,25 @@ from jaxdistill.kd.schedule import Schedule, schedule_of
 from jaxdistill.kd.states import tap_of
 from jaxdistill.kd.step import TrainState, adamw, init_state, make_step
 from jaxdistill.kd.teacher_cache import CachedRows
-from jaxdistill.kd.teachers import teacher_confidence
 from jaxdistill.losses.loss import Loss, parse_loss
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.quant.measure import weight_bytes
-from jaxdistill.quant.policy import Policy, dequantize_params
+from jaxdistill.quant.policy import Policy
 from jaxdistill.recipes.options import Distill, identity
 from jaxdistill.recipes.run_report import Results, check_student, report_run
 from jaxdistill.recipes.signal_looks import recommended, signal_looks
 from jaxdistill.recipes.trainee import Trainee, make_trainee
-from jaxdistill.recipes.transfer_set import serve, transfer_set, with_teacher_text
+from jaxdistill.recipes.transfer_set import (
+    serve,
+    transfer_set,
+    with_teacher_text,
+    with_vocabulary,
+)
 from jaxdistill.train.checkpoint import last_checkpoint
 from jaxdistill.train.loop import Look, train
+from jaxdistill.train.packing import batches
 from jaxdistill.train.run_directory import RunDirectory
 
 
@@ -76,38 +82,44 @@ def distill(
 
     # Models and data; everything that can be wrong with the input is found before writing.
     loss = parse_loss(o.objective)
-    names = [name for name in (o.teacher or "").split(",") if name]
-    teachers = [_float_model(name) for name in names]
-    base = _float_model(o.student) if o.student else teachers[0]
+    teachers = [load_model(name).floats() for name in o.teachers]
+    base = load_model(o.student).floats() if o.student else teachers[0]
     crossed = bool(loss.of_kind("cross_tokenizer"))
     sizes = [] if crossed else [check_same_vocabulary(t, base) for t in teachers]
     shared = min(sizes, default=base.config.vocab_size)
     found = transfer_set(o, base, teachers, loss)
+    if isinstance(found.rows, CachedRows):
+        shared = min(shared, found.rows.cache.header.vocab_size)
     plain = [t.apply_fn(dtype=jnp.dtype(o.dtype)) for t in teachers]
-    data = serve(o, found, teachers, plain)
-    student = make_trainee(o, base, teachers[0] if teachers else None, loss, data, console)
-    patterns = _patterns(o, student, teachers, data, console)
+    some = batches(found.rows, batch_size=o.batch_size, seed=o.seed)  # looked at before training
+    student = make_trainee(o, base, teachers[0] if teachers else None, loss, some, console)
+    patterns = _patterns(o, student, teachers, some, console)
     phases = freeze_phases(patterns, o.steps, o.freeze_start, o.freeze_stop) if o.steps else []
     fixed = list(student.frozen)
     if all(jax.tree.leaves(freeze_mask(student.params, patterns + fixed))):
         raise UserError(
             f"--freeze {o.freeze} leaves nothing to train; give fewer patterns, or --learn-ranges"
         )
-    loss = measured(loss, plain, teachers, found.rows, data)
+    loss = measured(loss, plain, teachers, found.rows, some)
     schedule = schedule_of(loss, o.steps)
     objective = objective_of(o, loss, student, teachers, shared)
+    rollout = _rollout(o, student, base, shared)
+    guides = tuple(t.params for t in teachers)
+    taught = None if o.cache else (guides if len(guides) != 1 else guides[0])
+    _check_step(objective, rollout, schedule, student, taught, some[0])
     run = RunDirectory(o.out, said or identity(o), resume=o.resume)
     if o.text_from == "teacher":
         where = run.path / "teacher_text.npz"
-        found = with_teacher_text(o, found, teachers[0], plain[0], where, console)
-        data = serve(o, found, teachers, plain)
+        found = with_teacher_text(
+            o, found, teachers[0], with_vocabulary(plain[0], shared), where, console
+        )
+    data = serve(o, found, teachers, plain, shared)
 
     # Evaluation reads the stored form, the very one that is saved and exported.
     beside = [] if crossed else plain
     own = student.apply(trained=False, dtype=jnp.dtype(o.dtype))
     judged = kd_objective(own, beside or None, mixture=o.mixture, vocab_size=shared, chunk=o.chunk)
     evaluate = make_evaluator(judged)
-    guides = tuple(t.params for t in teachers)
 
     def judge(stored: Params, on: list[Any]) -> dict[str, float | int]:
         policy = student.policy or Policy(rules=())
@@ -141,7 +153,7 @@ def distill(
                 },
             )
         ]
-        if _is_its_teacher(student, teachers):
+        if _is_its_teacher(o, student, teachers):
             since = None if resumed else before
             assert student.policy is not None
             looks += signal_looks(o, teachers[0], student.policy, since, found.held, run.path)
@@ -157,11 +169,11 @@ def distill(
                     objective,
                     tx,
                     accumulate=o.accumulate,
-                    rollout=_rollout(o, student, base, shared),
+                    rollout=rollout,
                     schedule=schedule,
                 ),
                 state,
-                None if o.cache else (guides if len(guides) != 1 else guides[0]),
+                taught,
                 data,
                 steps=phase.stop,
                 run=run,
@@ -184,17 +196,26 @@ def distill(
     return results
 
 
-def _float_model(source: str) -> Model:
-    """Load a model; a quantized one may teach too: its float values are what is distilled."""
-    model = load_model(source)
-    params = jax.jit(dequantize_params)(model.params)
-    return dataclasses.replace(model, params=params)
+def _check_step(
+    objective: Objective,
+    rollout: Any,
+    schedule: Schedule | None,
+    student: Trainee,
+    taught: Any,
+    batch: Any,
+) -> None:
+    """Trace a step's parts, so that what cannot be computed is said before anything is written."""
+    step = jnp.zeros((), jnp.int32)
+    knobs = schedule.knobs(schedule.init(), step) if schedule else {}
+    jax.eval_shape(objective, student.params, taught, batch, knobs)
+    if rollout:
+        jax.eval_shape(rollout, student.params, batch, step)
 
 
-def _is_its_teacher(student: Trainee, teachers: Sequence[Model]) -> bool:
+def _is_its_teacher(o: Distill, student: Trainee, teachers: Sequence[Model]) -> bool:
     """Return whether the student is its only teacher quantized, and can be compared inside."""
-    alike = len(teachers) == 1 and student.config == teachers[0].config
-    return alike and student.policy is not None and student.merge is None
+    same = len(teachers) == 1 and o.student is None and not o.student_init
+    return same and student.policy is not None
 
 
 def _patterns(
@@ -203,7 +224,7 @@ def _patterns(
     """Return the patterns that the user's word for --freeze means."""
     if o.freeze != "auto":
         return freeze_patterns(o.freeze)
-    if not _is_its_teacher(student, teachers):
+    if not _is_its_teacher(o, student, teachers):
         raise UserError(
             "--freeze auto compares a quantized student with the float model it was made from; "
             "give --bits and that model as the only --teacher, or name the patterns"
@@ -254,14 +275,8 @@ def _rollout(o: Distill, student: Trainee, base: Model, shared: int) -> Any:
     """Return what puts the student's own text in place of the data's; None for off-policy."""
     if not o.on_policy:
         return None
-    apply = student.apply(trained=False, dtype=jnp.dtype(o.dtype))
-
-    def speak(*inputs: Any) -> Any:
-        out, cache = apply(*inputs)
-        return out._replace(head=out.head[:shared]), cache  # no row of padding is ever a word
-
     return make_rollout(
-        speak,
+        with_vocabulary(student.apply(trained=False, dtype=jnp.dtype(o.dtype)), shared),
         student.config,
         prompt_length=o.prompt_length,
         how=Sampling(max_new_tokens=o.seq_len - o.prompt_length, temperature=o.sample_temperature),

@@ -7,14 +7,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.choices import Question, choices_name, load_choices, score_choices
@@ -22,6 +14,7 @@ from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows
+from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import load_rows
 
 
@@ -116,7 +109,7 @@ def evaluate_choices(
     """
     models = {"": model} if teacher is None else {"": model, "teacher_": teacher}
     scored: dict[str, dict[str, Any]] = {name: {} for name in questions}
-    with _progress(console) as progress:
+    with item_progress(console) as progress:
         for prefix, judged in models.items():
             apply, tokenizer = judged.apply_fn(), judged.text_tokenizer()
             for name, asked in questions.items():
@@ -142,15 +135,3 @@ def evaluate_choices(
             best = metrics["teacher_acc"]
             metrics["retention"] = metrics["acc"] / best if best else None
     return {"choices": scored, "choices_mean": mean}
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-    )

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxdistill.errors import UserError
-from jaxdistill.losses.loss import parse_loss
+from jaxdistill.losses.loss import Loss, parse_loss, parse_term
+from jaxdistill.losses.registry import Kind
 from jaxdistill.models.hub import Model
 from jaxdistill.quant.activations import ActivationSpec
 from jaxdistill.quant.calibrate import Method
@@ -194,15 +195,16 @@ class Distill(Training, Quantization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher is None and self.cache is None and self.student is None:
+        loss, teachers = parse_loss(self.objective), self.teachers
+        if not teachers and self.student is None:
             raise UserError("no model given; give --teacher, or --cache and --student")
-        if self.teacher is None and self.cache is None and parse_loss(self.objective).needs_teacher:
+        if not teachers and self.cache is None and loss.needs_teacher:
             raise UserError(
                 f"--objective {self.objective} compares with a teacher; give --teacher or --cache, "
                 "or train with --objective ce"
             )
         alone = self.student is None and not self.student_init and self.bits == "none"
-        if alone and parse_loss(self.objective).needs_teacher:
+        if alone and loss.needs_teacher and len(teachers) == 1 and self.correction is None:
             raise UserError(
                 "the student is the teacher itself, which has nothing to learn; give --student, "
                 "--student-init or --bits"
@@ -212,18 +214,68 @@ class Distill(Training, Quantization):
                 f"--on-policy {self.on_policy}, --sample-temperature {self.sample_temperature} "
                 "given; accepted: 0 to 1, and 0 or more"
             )
+        self._check_together(loss)
         generates = self.on_policy > 0 or self.text_from == "teacher"
         if generates and not 1 <= self.prompt_length < self.seq_len:
             raise UserError(
                 f"--prompt-length {self.prompt_length} given with --seq-len {self.seq_len}; "
                 "accepted: at least 1, and less than a row"
             )
-        if self.text_from == "teacher" and self.teacher is None:
+        if self.text_from == "teacher" and not teachers:
             raise UserError("--text-from teacher given without --teacher; give one")
         if self.cache is not None and generates:
             raise UserError(
                 "--cache given with generated text, which no cache can hold; leave out --cache, "
                 "--on-policy or --text-from"
+            )
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Return the teachers' names."""
+        given = self.teacher or ""
+        if Path(given).exists():  # a path may hold commas
+            return (given,) if given else ()
+        return tuple(name for name in given.split(",") if name)
+
+    def _check_together(self, loss: Loss) -> None:
+        """Raise ``UserError`` on options that would have no effect beside the others."""
+        own = {f.name: f.default for f in dataclasses.fields(Quantization) if f.name != "bits"}
+        changed = [name for name, default in own.items() if getattr(self, name) != default]
+        if self.bits == "none" and changed:
+            flag = changed[0].replace("_", "-")
+            raise UserError(f"--{flag} given for a float student; give --bits too, or leave it out")
+        words: list[tuple[str | None, Kind]] = [
+            (self.mixture, "mixture"),
+            (self.token_weight, "token_weight"),
+            (self.correction, "correction"),
+        ]
+        for text, kind in words:
+            if text is not None:
+                parse_term(text, kind)
+        seen = {
+            "--token-weight": self.token_weight is not None,
+            "--correction": self.correction is not None,
+            "--top-k": self.top_k > 0,
+            "--mixture": self.mixture != "mean",
+        }
+        crossed = bool(loss.of_kind("cross_tokenizer"))
+        for flag, given in seen.items():
+            cached = self.cache is not None and flag in ("--top-k", "--mixture")
+            if given and (crossed or cached):
+                what = "a cross-tokenizer objective" if crossed else "--cache"
+                raise UserError(
+                    f"{flag} given with {what}, which it does not apply to; leave it out"
+                )
+        if self.curriculum == "teacher" and (crossed or not self.teachers):
+            raise UserError(
+                "--curriculum teacher asks a live teacher of the same vocabulary what is easy; "
+                "give one, or --curriculum length"
+            )
+        sampled = self.on_policy == 1 and self.sample_temperature == 1
+        if any(term.entry.name == "policy_gradient" for term in loss.terms) and not sampled:
+            raise UserError(
+                "policy_gradient needs text that the student sampled; give --on-policy 1 and "
+                "--sample-temperature 1, or another objective"
             )
 
 

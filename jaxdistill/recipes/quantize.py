@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from jaxdistill.errors import UserError
 from jaxdistill.recipes.distill import distill
 from jaxdistill.recipes.options import Distill, Quantize, identity
 from jaxdistill.recipes.run_report import Results
@@ -29,5 +31,10 @@ def quantize(
     Raises:
         UserError: any input is wrong; nothing is written then.
     """
+    if not Path(o.model).exists() and "," in o.model:
+        raise UserError(
+            f"--model {o.model} given; accepted: one model; several may teach in `jaxdistill "
+            "distill`"
+        )
     shared = {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if f.name != "model"}
     return distill(Distill(teacher=o.model, **shared), console, known=known, said=identity(o))

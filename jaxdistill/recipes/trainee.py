@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from jaxdistill.errors import UserError
 from jaxdistill.kd.states import init_projections
 from jaxdistill.losses.loss import Loss
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Params, Transform, make_apply
 from jaxdistill.models.hf import save_hf
 from jaxdistill.models.hub import Model
+from jaxdistill.models.lora import merge_lora
 from jaxdistill.models.quantized import save_quantized
 from jaxdistill.quant.policy import (
     Policy,
@@ -110,28 +112,24 @@ def make_trainee(
     Raises:
         UserError: the model cannot be cut or quantized so.
     """
-    cuts = [spec for spec in o.student_init if not spec.startswith("lora")]
-    model = base
-    if cuts:
-        cut = student_from(base, cuts, o.seed)
-        model = dataclasses.replace(base, config=cut.config, params=cut.params)
+    made = student_from(base, o.student_init, o.seed)
+    if made.transform and o.learn_ranges:
+        raise UserError(
+            "--learn-ranges given with lora, which trains adapters alone; leave out one"
+        )
+    model = dataclasses.replace(base, config=made.config, params=made.params)
     policy = policy_of(o, model)
     params = model.params if policy is None else _quantized(o, model, policy, data, console)
-    merge, frozen = None, ()
-    if len(cuts) < len(o.student_init):
-        adapters = [spec for spec in o.student_init if spec.startswith("lora")]
-        made = student_from(dataclasses.replace(model, params=params), adapters, o.seed)
-        params, merge, frozen = made.params, made.transform, made.freeze
     learned = init_projections(
         loss,
-        model.config.hidden_size,
+        made.config.hidden_size,
         (teacher or model).config.hidden_size,
-        model.config.num_layers,
+        made.config.num_layers,
         jax.random.key(o.seed),
     )
     params = params | ({"projections": learned} if learned else {})
     return Trainee(
-        config=model.config, params=params, policy=policy, merge=merge, frozen=tuple(frozen)
+        config=made.config, params=params, policy=policy, merge=made.transform, frozen=made.freeze
     )
 
 
@@ -139,13 +137,24 @@ def _quantized(o: Distill, model: Model, policy: Policy, data: Any, console: Con
     """Return the params with ranges beside them, by the method that the options name."""
     if o.ptq == "rtn":
         return add_scales(model.params, policy)
+    kernels = merge_lora(model.params)  # fresh adapters add nothing
     number = max(1, _CALIBRATION_TOKENS // (o.batch_size * o.seq_len))
     with console.status(f"calibrating by {o.ptq}") as status:
-        return calibrated(
-            model,
+        found = calibrated(
+            dataclasses.replace(model, params=kernels),
             policy,
             [data[i] for i in range(number)],
             o.ptq,
             dtype=jnp.dtype(o.dtype),
             progress=lambda i, n: status.update(f"calibrating by {o.ptq}: layer {i} of {n}"),
         )
+    return _with_missing(found, model.params)
+
+
+def _with_missing(params: Params, other: Params) -> Params:
+    """Return params with the leaves that only the other tree has: its adapters."""
+    out = dict(other)
+    for name, child in params.items():
+        nested = isinstance(child, dict)
+        out[name] = _with_missing(child, other.get(name, {})) if nested else child
+    return out

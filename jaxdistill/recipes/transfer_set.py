@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -20,11 +21,11 @@ from jaxdistill.recipes.options import Distill
 from jaxdistill.recipes.prepare import check_length, eval_batches_of, pack_rows, split_rows
 from jaxdistill.train.curriculum import CurriculumBatches
 from jaxdistill.train.data import load_rows
-from jaxdistill.train.encode import encode_rows
+from jaxdistill.train.encode import Example, encode_rows, row_form
 from jaxdistill.train.packing import Batch, Packed, batches, fingerprint
 from jaxdistill.train.pairing import pair_rows
 from jaxdistill.train.prompts import prompt_rows
-from jaxdistill.train.rationale import rationale_rows
+from jaxdistill.train.rationale import answer_rows, rationale_rows
 
 
 class TransferSet(NamedTuple):
@@ -49,31 +50,53 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
     """
     rows: Any = load_rows(o.data)
     if o.eval_data is None:
-        rows, held_rows = split_rows(rows, o.data)
+        rows, held_rows = cast(Any, split_rows(rows, o.data))
     else:
-        held_rows = load_rows(o.eval_data)
+        held_rows = cast(Any, load_rows(o.eval_data))
     if o.rationale_weight is not None:
         rows = rationale_rows(rows, o.rationale_weight)
+        held_rows = answer_rows(held_rows)
+    for teacher in [] if loss.of_kind("cross_tokenizer") else teachers:
+        check_length(o.seq_len, teacher)
     held = pack_rows(held_rows, student, o.seq_len, o.loss_on, add_eos=False)
     held = eval_batches_of(held, o.batch_size, o.eval_tokens)
     if loss.of_kind("cross_tokenizer"):
         return _paired(o, rows, held, student, teachers)
     if o.on_policy or o.text_from == "teacher":
         check_length(o.seq_len, student)
-        tokenizer = student.text_tokenizer()
-        form = rows.column_names
-        answers = "all" if "text" in form else "completion"
         packed = prompt_rows(
-            encode_rows(rows, tokenizer, loss_on=answers),
+            _prompts_and_answers(rows, student),
             seq_len=o.seq_len,
             prompt_length=o.prompt_length,
-            pad_id=cast(int, tokenizer.pad_token_id or 0),
+            pad_id=cast(int, student.text_tokenizer().pad_token_id or 0),
         )
     else:
         packed = pack_rows(rows, student, o.seq_len, o.loss_on)
     if o.cache is not None:
         return _cached(o, packed, held, student, teachers, loss)
     return TransferSet(packed, held, fingerprint(packed))
+
+
+def _prompts_and_answers(rows: Any, student: Model) -> list[Example]:
+    """Encode rows so that answers alone are targets; of plain texts, which have none, all is."""
+    tokenizer, found = student.text_tokenizer(), {}
+    forms = [row_form(row, f"row {i}") for i, row in enumerate(rows, 1)]
+    for plain in (True, False):
+        picked = [i for i, form in enumerate(forms) if (form == "text") is plain]
+        loss_on = "all" if plain else "completion"
+        made = encode_rows((rows[i] for i in picked), tokenizer, loss_on=loss_on)
+        found |= dict(zip(picked, made, strict=True))
+    return [found[i] for i in range(len(forms))]
+
+
+def with_vocabulary(apply: Any, size: int) -> Any:
+    """Return an ``apply`` with a cache, whose head has no row of padding: none is ever a word."""
+
+    def cut(*inputs: Any) -> Any:
+        out, cache = apply(*inputs)
+        return out._replace(head=out.head[:size]), cache
+
+    return cut
 
 
 def _paired(
@@ -116,7 +139,9 @@ def _cached(
             f"{student.source} has {student.config.vocab_size}; accepted: a cache of no more "
             "tokens than the student has; cache a teacher of the student's family"
         )
-    return TransferSet(CachedRows(packed, cache), held, fingerprint(packed))
+    header = cache.header
+    told = f"{fingerprint(packed)}, cached from {header.fingerprints['model']}, k={header.k}"
+    return TransferSet(CachedRows(packed, cache), held, told)
 
 
 def with_teacher_text(
@@ -140,6 +165,7 @@ def with_teacher_text(
                 stop=teacher.stop_ids,
                 batch_size=o.batch_size,
                 seed=o.seed,
+                dtype=jnp.dtype(o.dtype),
                 progress=lambda n: status.update(f"the teacher writes its answers: {n} done"),
             )
         part = where.with_name("part-" + where.name)
@@ -150,22 +176,18 @@ def with_teacher_text(
     return found._replace(rows=rows, fingerprint=fingerprint(rows))
 
 
-def serve(o: Distill, found: TransferSet, teachers: list[Model], applies: list[Any]) -> Any:
-    """Return ``data[i]``, the batch of step i, in the order that the options ask for.
-
-    Raises:
-        UserError: a curriculum by a teacher is asked for, and none is live.
-    """
+def serve(
+    o: Distill, found: TransferSet, teachers: list[Model], applies: list[Any], shared: int
+) -> Any:
+    """Return ``data[i]``, the batch of step i, in the order that the options ask for."""
     if o.curriculum == "none":
         return batches(found.rows, batch_size=o.batch_size, seed=o.seed)
     if o.curriculum == "length":
-        difficulty = np.array(
-            [found.rows[i]["loss_mask"].sum() for i in range(len(found.rows))], float
-        )
-    elif not teachers:
-        raise UserError("--curriculum teacher asks a teacher what is easy; give --teacher")
+        lengths = [found.rows[i]["loss_mask"].sum() for i in range(len(found.rows))]
+        difficulty = np.array(lengths, float)
     else:
-        difficulty = _nll_of_rows(applies[0], teachers[0].params, found.rows)
+        objective = kd_objective(applies[0], None, "ce", vocab_size=shared)
+        difficulty = _nll_of_rows(objective, teachers[0].params, found.rows, o.batch_size)
     return CurriculumBatches(
         found.rows,
         difficulty,
@@ -175,13 +197,21 @@ def serve(o: Distill, found: TransferSet, teachers: list[Model], applies: list[A
     )
 
 
-def _nll_of_rows(apply: Any, params: Any, rows: Any) -> np.ndarray:
+def _nll_of_rows(objective: Any, params: Any, rows: Any, batch_size: int) -> np.ndarray:
     """Return each row's mean NLL by a model."""
-    objective = kd_objective(apply, None)
 
     @jax.jit
-    def nll(params, row):
-        total, count, _ = objective(params, None, jax.tree.map(lambda x: x[None], row))
-        return total / jax.numpy.maximum(count, 1.0)
+    def nll(params, batch):
+        def one(row):
+            total, count, _ = objective(params, None, jax.tree.map(lambda x: x[None], row))
+            return total / jnp.maximum(count, 1.0)
 
-    return np.array([nll(params, rows[i]) for i in range(len(rows))], float)
+        return jax.vmap(one)(batch)
+
+    names = ("tokens", "loss_mask", "positions", "segment_ids")
+    found = []
+    for at in range(0, len(rows), batch_size):
+        index = np.minimum(np.arange(at, at + batch_size), len(rows) - 1)
+        picked = [rows[int(i)] for i in index]
+        found.append(nll(params, {k: np.stack([row[k] for row in picked]) for k in names}))
+    return np.concatenate(found)[: len(rows)].astype(float)

@@ -43,7 +43,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rendered:
+class Rendered:
     """Hold a row as the string to tokenize.
 
     Attributes:
@@ -152,7 +152,7 @@ def encode_rows(
     numbered = enumerate(rows, 1)
     while chunk := list(itertools.islice(numbered, _CHUNK)):
         rendered = [
-            _render(row, f"row {number}", tokenizer, chat, loss_on == "completion", add_eos)
+            render_row(row, f"row {number}", tokenizer, chat, loss_on == "completion", add_eos)
             for number, row in chunk
         ]
         chunk_examples = [
@@ -189,14 +189,14 @@ def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
         )
 
 
-def _render(
+def render_row(
     row: Mapping[str, Any],
     where: str,
     tokenizer: PreTrainedTokenizerFast,
     chat: bool,
     completion: bool,
     add_eos: bool,
-) -> _Rendered:
+) -> Rendered:
     """Write a row as one string, with the character ranges of its targets."""
     form = row_form(row, where)
     if form == "text":
@@ -205,16 +205,16 @@ def _render(
                 f"{where} is a plain text, which has no completion; loss_on='completion' accepts "
                 "'messages', or 'instruction' and 'output'; use loss_on='all'"
             )
-        return _Rendered(text=row["text"], special=True, close=True)
+        return Rendered(text=row["text"], special=True, close=True)
     messages = _messages(row, form)
     if not chat:
         eos = tokenizer.eos_token if add_eos else None
         text, spans = _plain(messages, str(eos or ""), where)
-        return _Rendered(text=text, special=True, spans=spans if completion else None)
+        return Rendered(text=text, special=True, spans=spans if completion else None)
     render = functools.partial(_chat, tokenizer, where)
     text = render(messages)
     spans = _answer_spans(messages, text, render, where) if completion else None
-    return _Rendered(text=text, special=False, spans=spans)
+    return Rendered(text=text, special=False, spans=spans)
 
 
 def _messages(row: Mapping[str, Any], form: str) -> list[Message]:
@@ -315,7 +315,7 @@ def _unlocatable(where: str) -> UserError:
 
 
 def _tokenize(
-    rendered: list[_Rendered], tokenizer: PreTrainedTokenizerFast, eos: int | None
+    rendered: list[Rendered], tokenizer: PreTrainedTokenizerFast, eos: int | None
 ) -> list[Example]:
     """Encode the strings in at most two calls: with the tokenizer's special tokens, and without."""
     examples: dict[int, Example] = {}

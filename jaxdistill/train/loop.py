@@ -92,7 +92,7 @@ def train(
             began = time.perf_counter()
             batch = data[i]
             state, metrics = step(state, teacher_params, batch)
-            values = {name: float(s) / max(float(c), 1.0) for name, (s, c) in metrics.items()}
+            values = {name: float(s) / (float(c) or 1.0) for name, (s, c) in metrics.items()}
             seconds = time.perf_counter() - began
             check_finite(i + 1, values, checkpoints.latest)
             values |= {"tokens_per_second": batch["tokens"].size / seconds, "seconds": seconds}

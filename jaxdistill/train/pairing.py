@@ -18,9 +18,7 @@ from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.errors import UserError
-from jaxdistill.train.encode import Example, encode_rows
-from jaxdistill.train.encode import _render as render_row
-from jaxdistill.train.encode import _Rendered as Rendered
+from jaxdistill.train.encode import Example, Rendered, encode_rows, render_row
 from jaxdistill.train.packing import Batch, Packed, no_packing
 
 _CHUNK = 1024  # texts that a tokenizer sees at once, over its own threads

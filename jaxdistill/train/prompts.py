@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,6 +50,7 @@ def _split(example: Example, prompt_length: int) -> Example:
     """Return the example with a prompt of at most this length before its first target."""
     tokens, targets = example.tokens, example.loss_mask
     if len(tokens) and targets[1:].all():
-        return Example(tokens=tokens, loss_mask=targets & (np.arange(len(tokens)) >= prompt_length))
+        answer = np.arange(len(tokens)) >= prompt_length
+        return dataclasses.replace(example, loss_mask=targets & answer)
     start = max(0, int(np.argmax(targets)) - prompt_length) if targets.any() else 0
-    return Example(tokens=tokens[start:], loss_mask=targets[start:])
+    return dataclasses.replace(example, tokens=tokens[start:], loss_mask=targets[start:])

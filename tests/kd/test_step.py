@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.kd.freeze import ov_freeze
+from jaxdistill.kd.freeze import freeze, ov_freeze
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.models.decoder import make_apply
@@ -99,3 +99,15 @@ def test_adamw_warms_up_decays_clips_and_spares_vectors():
     assert max(rates) == pytest.approx(1e-2, rel=1e-4) and rates.index(max(rates)) in (9, 10)
     assert rates[-1] == pytest.approx(1e-3, rel=0.05)
     assert all(a <= b for a, b in zip(rates[:10], rates[1:11], strict=True))
+
+
+def test_a_weighted_mean_does_not_depend_on_the_size_of_the_weights():
+    """Weights may add up to less than one."""
+    apply, params, batch = make_apply(C), tiny.params(C), tiny.batch(C)
+    tx = freeze(optax.sgd(1.0))
+    step = make_step(kd_objective(apply, None), tx)
+    norms = [
+        float(step(init_state(params, tx), None, batch | {"weights": w})[1]["grad_norm"][0])
+        for w in (jnp.full((4, 16), 1e-4), jnp.ones((4, 16)))
+    ]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)

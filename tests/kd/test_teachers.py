@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
+from jaxdistill.evals.confidence import teacher_confidence
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.teachers import (
     agreement,
@@ -13,7 +14,6 @@ from jaxdistill.kd.teachers import (
     label_mix,
     mean,
     probability_shift,
-    teacher_confidence,
 )
 from jaxdistill.kd.token_weights import certainty, consensus, uncertainty
 from jaxdistill.models.decoder import Output

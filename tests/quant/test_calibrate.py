@@ -82,7 +82,7 @@ def layer_inputs(layer, x, batch):
     """Run one layer; return its outputs and each linear layer's input."""
     places = places_of(CONFIG, batch["tokens"], batch["positions"], batch["segment_ids"])
     x, _, seen = run_layer(CONFIG, layer, x, places)
-    return x, {path: rows for path, (rows, _) in seen.items()}
+    return x, {path: rows[0] for path, rows in seen.items() if path.endswith("_proj")}
 
 
 def test_pass_is_gptq_by_hand_layer_after_layer(model, text, done):

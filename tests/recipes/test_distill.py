@@ -85,44 +85,83 @@ def test_families_compose_in_one_run(inputs, tmp_path):
     assert not any("projections" in path for path, _ in walk(stored.params))
 
 
-@pytest.mark.parametrize("objective", ["reverse_kl", "cakld", "0.9*forward_kl+0.1*ce"])
-def test_a_quantized_student_learns_from_the_cache_alone(objective, inputs, tmp_path):
-    """KD-QAT from top-k logits on disk: the job gets no teacher."""
+@pytest.fixture(scope="module")
+def cache(inputs, tmp_path_factory):
     teacher, _, data = inputs
-    cache, out = tmp_path / "cache", tmp_path / "run"
+    out = tmp_path_factory.mktemp("cache") / "cache"
     cache_teacher(
-        CacheTeacher(teacher=teacher, data=data, eval_data=data, out=cache, k=8, seq_len=32)
+        CacheTeacher(teacher=teacher, data=data, eval_data=data, out=out, k=8, seq_len=32)
     )
-    results = distill(
+    return out
+
+
+def from_cache(inputs, cache, out, **changes):
+    teacher, _, data = inputs
+    given = SMALL | {"student": teacher, "bits": 2, "freeze": "ov", "lr": 1e-3} | changes
+    return Distill(cache=cache, data=data, eval_data=data, out=out, **given)
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "cakld", "0.9*forward_kl+0.1*ce"])
+def test_a_quantized_student_learns_from_the_cache_alone(objective, inputs, cache, tmp_path):
+    """KD-QAT from top-k logits on disk: the job gets no teacher."""
+    results = distill(from_cache(inputs, cache, tmp_path / "run", objective=objective))
+    assert list(results) == ["ptq", "student"]
+    rows = metrics_of(tmp_path / "run")
+    assert np.mean([r["kl"] for r in rows[-2:]]) < rows[0]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 16}, "data"),
+        ({"objective": "forward_kl:temperature=2"}, "temperature"),
+        ({"objective": "forward_kl+hidden"}, "hidden"),
+        ({"top_k": 4}, "--top-k given with --cache"),
+        ({"curriculum": "teacher"}, "--curriculum teacher asks a live teacher"),
+        ({"student": None}, "no model given; give --teacher, or --cache and --student"),
+    ],
+)
+def test_what_a_cache_cannot_tell_is_refused(changes, message, inputs, cache, tmp_path):
+    with pytest.raises(UserError, match=message):
+        distill(from_cache(inputs, cache, tmp_path / "r", **changes))
+    assert not (tmp_path / "r").exists()
+
+
+def test_lora_is_quantized_as_its_base_is(inputs, tmp_path):
+    """Fresh adapters add nothing, so PTQ with them is PTQ; trained ones are merged and rounded."""
+    teacher, _, data = inputs
+    given = SMALL | {"steps": 0, "bits": 4}
+    job = Distill(teacher=teacher, data=data, eval_data=data, out=tmp_path / "plain", **given)
+    plain = distill(job)["ptq"]
+    again = dataclasses.replace(
+        job, out=tmp_path / "lora", student_init=("lora:rank=4",), steps=2, freeze="ov"
+    )
+    results = distill(again)
+    assert results["ptq"] == pytest.approx(plain)
+    assert results["student"]["bytes"] == plain["bytes"]
+    assert results["student"]["kl"] != pytest.approx(plain["kl"], rel=1e-6)
+    kernels = load_model(tmp_path / "lora").params["layers"]["mlp"]["up_proj"]
+    assert set(kernels) == {"kernel_q", "kernel_scale"}
+
+
+def test_a_padded_teacher_writes_no_word_that_the_student_lacks(inputs, tmp_path):
+    _, student, data = inputs
+    large = tiny.save_model(tmp_path / "large", seed=5, vocab_size=600)
+    distill(
         Distill(
-            student=teacher,
-            cache=cache,
+            teacher=large,
+            student=student,
             data=data,
             eval_data=data,
-            out=out,
-            objective=objective,
-            bits=2,
-            freeze="ov",
-            **(SMALL | {"lr": 1e-3}),
+            out=tmp_path / "r",
+            text_from="teacher",
+            prompt_length=8,
+            objective="ce",
+            **(SMALL | {"steps": 1}),
         )
     )
-    assert list(results) == ["ptq", "student"]
-    rows = metrics_of(out)
-    assert np.mean([r["kl"] for r in rows[-2:]]) < rows[0]["kl"]
-    with pytest.raises(UserError, match="data"):
-        distill(
-            Distill(
-                student=teacher,
-                cache=cache,
-                data=data,
-                eval_data=data,
-                out=tmp_path / "r2",
-                objective=objective,
-                bits=2,
-                **(SMALL | {"seq_len": 16}),
-            )
-        )
-    assert not (tmp_path / "r2").exists()
+    with np.load(tmp_path / "r" / "teacher_text.npz") as text:
+        assert text["tokens"].max() < 260
 
 
 def test_text_of_the_teacher_and_of_the_student(inputs, tmp_path):
@@ -219,6 +258,14 @@ def test_a_teacher_of_another_tokenizer_needs_the_right_objective(inputs, tmp_pa
         ({"student_init": ("cut:layers=9",)}, "9"),
         ({"teacher": None, "student": "t"}, "compares with a teacher; give --teacher or --cache"),
         ({"freeze": "auto"}, "--freeze auto compares a quantized student with"),
+        ({"teacher": ","}, "no model given"),
+        ({"top_k": 4, "objective": "uld"}, "--top-k given with a cross-tokenizer objective"),
+        ({"token_weight": "consensus"}, "consensus compares teachers"),
+        ({"token_weight": "certainty:power=1..2"}, "is a ramp; accepted: one number"),
+        ({"objective": "forward_kl+relations:heads=5"}, "heads"),
+        ({"objective": "policy_gradient"}, "policy_gradient needs text that the student sampled"),
+        ({"activation_bits": "8"}, "--activation-bits given for a float student"),
+        ({"mixture": "best"}, "no mixture is named 'best'"),
         ({"cache": "nowhere"}, "nowhere holds no teacher cache"),
     ],
 )

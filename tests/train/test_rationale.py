@@ -39,6 +39,14 @@ def test_weights_reach_their_own_tokens(layout):
     assert said == {0.5: ["two", "and", "two"], 1.0: ["4", "Paris"]}
 
 
+def test_weights_stay_with_answers_that_are_prompts_and_answers():
+    from jaxdistill.train.prompts import prompt_rows
+
+    examples = encode_rows(rationale_rows(ROWS, 0.5), tiny.byte_tokenizer(), loss_on="completion")
+    rows = prompt_rows(examples, seq_len=96, prompt_length=64)
+    assert [w[m].mean() for w, m in zip(rows.weights, rows.loss_mask, strict=True)] == [1, 0.5, 1]
+
+
 def test_rows_without_weights_have_no_field_of_them():
     examples = encode_rows([{"text": "abc"}], tiny.byte_tokenizer())
     assert "weights" not in pack(examples, 4)[:]
@@ -49,6 +57,7 @@ def test_rows_without_weights_have_no_field_of_them():
     [
         (ROWS[1:], 0.5, "no row has a 'rationale'"),
         ([{"text": "a"}], 0.5, "rationales need rows of"),
+        ([ROWS[0] | {"rationale": ["two", "steps"]}], 0.5, "rationale: list given"),
         (ROWS, -1.0, "rationale weight -1.0 given; accepted: 0 or more"),
     ],
 )
