@@ -21,7 +21,8 @@ from jaxdistill.report.table import markdown_table
 
 Directory = Literal["hf", "compressed-tensors", "mlx"]
 _LIBRARY = {"hf": "transformers", "compressed-tensors": "transformers", "mlx": "mlx"}
-_PATHS = ("model", "data", "eval_data")  # options that may name files of whoever made the model
+# Options that may name files of whoever made the model.
+_PATHS = ("model", "teacher", "student", "cache", "data", "eval_data")
 _LOAD = {
     "hf": """\
 ```python
@@ -87,9 +88,25 @@ class RunFacts:
     activations: bool
 
     @property
+    def source(self) -> str | None:
+        """Return the model it was made from: the one quantized, or a distilled student's."""
+        return next(
+            (x for k in ("model", "student", "teacher") if (x := self.options.get(k))), None
+        )
+
+    @property
     def base_model(self) -> str | None:
         """Return the hub name of the model it was made from; None if it came from elsewhere."""
-        return cached_hub_name(str(self.options.get("model", "")))
+        return cached_hub_name(self.source or "")
+
+    @property
+    def learnt_from(self) -> str:
+        """Return what taught it, in words."""
+        taught = self.options.get("teacher") or self.options.get("cache")
+        if taught in (None, self.source):
+            return "it"
+        names = str(taught).split(",")
+        return ", ".join(_shown("teacher", name) for name in names)
 
 
 def read_run(run: Path) -> RunFacts:
@@ -224,11 +241,13 @@ def _what(facts: RunFacts, config: ModelConfig, params: Mapping[str, Any]) -> st
     )
     steps = facts.options.get("steps")
     how = (
-        f"and repaired by {steps} steps of distillation from it (KD-QAT)"
+        f"and repaired by {steps} steps of distillation from {facts.learnt_from} (KD-QAT)"
         if steps
         else "post-training, without distillation"
     )
-    source = _shown("model", facts.options.get("model", "a float model"))
+    source = _shown("model", facts.source or "a float model")
+    cut = facts.options.get("student_init")
+    source += f", made smaller by {', '.join(cut)}" if cut else ""
     return (
         f"A {config.model_type} model of {count / 1e6:,.1f} million parameters: {source}, "
         f"quantized {how}, with jaxdistill."
@@ -285,7 +304,7 @@ def _caveats(
 def _options_table(facts: RunFacts) -> str:
     rows = [f"| {k} | {_shown(k, v)} |" for k, v in facts.options.items() if v is not None]
     made = ", ".join(f"{k} {v}" for k, v in facts.packages.items() if v and v[0].isdigit())
-    lines = ["| option of `jaxdistill quantize` | value |", "| --- | --- |", *rows]
+    lines = ["| option of the run | value |", "| --- | --- |", *rows]
     return "\n".join([*lines, "", f"Packages: {made}.\n" if made else ""])
 
 
@@ -293,5 +312,5 @@ def _shown(key: str, value: Any) -> str:
     """Return an option's value; of a file's path its name alone, which is all that others need."""
     text = str(value)
     if key in _PATHS and cached_hub_name(text) is None:
-        text = PurePath(text).name or text
+        text = ",".join(PurePath(part).name or part for part in text.split(","))
     return text.replace("|", "\\|").replace("\n", " ")

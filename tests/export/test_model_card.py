@@ -100,6 +100,20 @@ def test_paths_of_whoever_made_it_are_not_published(run):
     assert "| data | text.jsonl.gz |" in card_of(run) and "| model | tiny-llama |" in card_of(run)
 
 
+def test_a_distilled_student_names_its_teachers_without_their_paths(tmp_path):
+    run = make_run(
+        tmp_path,
+        model=None,
+        teacher="/home/someone/big,/home/someone/other",
+        student="/home/someone/small",
+        student_init=["cut:layers=1"],
+    )
+    card = card_of(run)
+    assert "million parameters: small, made smaller by cut:layers=1, quantized" in card
+    assert "200 steps of distillation from big, other (KD-QAT)" in card
+    assert "| teacher | big,other |" in card and "someone" not in card
+
+
 def test_what_a_format_does_to_the_values_is_said(run):
     assert "values are held exactly" in card_of(run)
     assert "float16, which rounds" in card_of(run, dtype="float16")
