@@ -145,12 +145,29 @@ class Training:
         parse_loss(self.objective)
 
 
+# Options are shown in the order of the bases, the last one first.
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantize(Training, Quantization):
-    """Quantize a model to 4 bits and repair it by distillation (KD-QAT with ov-freeze)."""
-
+class _OneModel:
     model: str
     """Model to quantize, the teacher: an HF directory, a .gguf file, or a hub name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Models:
+    teacher: str | None = None
+    """Model to learn from, or several, separated by commas: HF directories, .gguf files, hub
+    names. Not needed with --cache."""
+    student: str | None = None
+    """Model to train; by default a copy of the first teacher."""
+    student_init: tuple[str, ...] = ()
+    """What is made of the student before training: cut:layers=N, cut:intermediate=N,heads=N,
+    lora:rank=R."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize(Quantization, Training, _OneModel):
+    """Quantize a model to 4 bits and repair it by distillation (KD-QAT with ov-freeze)."""
+
     bits: Literal[2, 3, 4, 8] = 4  # pyright: ignore[reportIncompatibleVariableOverride]
     """Bits of a weight of the decoder's linear layers."""
     freeze: str = "ov"
@@ -160,17 +177,9 @@ class Quantize(Training, Quantization):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distill(Training, Quantization):
+class Distill(Quantization, Training, _Models):
     """Distill one or several teachers into a smaller student: cut, quantized, LoRA, or its own."""
 
-    teacher: str | None = None
-    """Model to learn from, or several, separated by commas: HF directories, .gguf files, hub
-    names. Not needed with --cache."""
-    student: str | None = None
-    """Model to train; by default a copy of the first teacher."""
-    student_init: tuple[str, ...] = ()
-    """What is made of the student before training: cut:layers=N, cut:intermediate=N,heads=N,
-    lora:rank=R."""
     bits: Literal["none", 2, 3, 4, 8] = "none"
     """Bits of a weight of the student's linear layers: quantization-aware; none for float."""
     mixture: str = "mean"
