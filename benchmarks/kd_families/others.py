@@ -160,23 +160,9 @@ def crossed() -> Any:
         yield f"another tokenizer: {loss}", run
 
 
-def main() -> None:
-    """Run what has no line yet, and write the table."""
-    lines = [json.loads(x) for x in OUT.read_text().splitlines()] if OUT.exists() else []
-    finished = {(line["family"], line["seed"]) for line in lines}
-    for runs in (crossed, sums):
-        for family, run in runs():
-            for seed in SEEDS:
-                if (family, seed) in finished:
-                    continue
-                lines.append({"family": family, "seed": seed, "result": run(seed)})
-                with OUT.open("a") as f:
-                    f.write(json.dumps(lines[-1]) + "\n")
-                print(lines[-1], flush=True)
-    table = [
-        "| family | seeds | NLL of targets | nats a character |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+def write_table(lines: list[dict[str, Any]]) -> None:
+    """Write means and standard deviations over seeds."""
+    table = ["| family | seeds | NLL of targets | nats a character |", "|---|---:|---:|---:|"]
     for family in dict.fromkeys(line["family"] for line in lines):
         rows = [line["result"] for line in lines if line["family"] == family]
         cells = []
@@ -186,6 +172,22 @@ def main() -> None:
             cells.append(f"{values.mean():.3f}{spread}" if len(values) else "")
         table.append(f"| {family} | {len(rows)} | {' | '.join(cells)} |")
     Path(OUT).with_suffix(".md").write_text("\n".join(table) + "\n")
+
+
+def main() -> None:
+    """Run what has no line yet; write the table after each."""
+    lines = [json.loads(x) for x in OUT.read_text().splitlines()] if OUT.exists() else []
+    finished = {(line["family"], line["seed"]) for line in lines}
+    for runs in (sums, crossed):
+        for family, run in runs():
+            for seed in SEEDS:
+                if (family, seed) in finished:
+                    continue
+                lines.append({"family": family, "seed": seed, "result": run(seed)})
+                with OUT.open("a") as f:
+                    f.write(json.dumps(lines[-1]) + "\n")
+                print(lines[-1], flush=True)
+                write_table(lines)
 
 
 if __name__ == "__main__":
