@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -29,7 +28,7 @@ from jaxdistill.kd.teacher_cache import (
     read_header,
     shard_file,
 )
-from jaxdistill.losses.chunked import Head
+from jaxdistill.losses.chunked import Head, pad_and_split
 from jaxdistill.losses.loss import Term, parse_term
 from jaxdistill.losses.top_k import TopK, top_k_of
 from jaxdistill.models.decoder import ApplyFn
@@ -64,10 +63,6 @@ def _predictor(
         targets = next_token_targets(batch)[0]
         size = min(chunk, targets.shape[0])
 
-        def split(x):
-            widths = [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1)
-            return jnp.pad(x, widths).reshape(-1, size, *x.shape[1:])
-
         def one(x):
             hidden, targets = x
             logits = [
@@ -78,7 +73,8 @@ def _predictor(
                 logits = [mixture.entry.function(logits, targets, **mixture.given({}))]
             return top_k_of(logits[0], k, temperature)
 
-        found = lax.map(one, ([split(head.hidden) for head in heads], split(targets)))
+        hidden = [pad_and_split(head.hidden, size) for head in heads]
+        found = lax.map(one, (hidden, pad_and_split(targets, size)))
         shape = batch["tokens"].shape
         return jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:])[: targets.shape[0]].reshape(*shape, *x.shape[2:]),

@@ -41,8 +41,8 @@ class Head(NamedTuple):
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
 
 
-def _pad_and_split(x: Array, chunk: int) -> Array:
-    """Split rows into chunks, the last one filled with zeros (their mask is False)."""
+def pad_and_split(x: Array, chunk: int) -> Array:
+    """Return rows ``[N, ...]`` as chunks ``[n, chunk, ...]``, the last one filled with zeros."""
     extra = -x.shape[0] % chunk
     padded = jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))
     return padded.reshape(-1, chunk, *x.shape[1:])
@@ -76,7 +76,7 @@ def chunked_sums(
         float32 scalars.
     """
     chunk = min(chunk, student.hidden.shape[0])
-    split = functools.partial(_pad_and_split, chunk=chunk)
+    split = functools.partial(pad_and_split, chunk=chunk)
     fixed = (tuple((t.kernel, t.softcap) for t in teachers), student.softcap, shared)
     data = (tuple(split(t.hidden) for t in teachers), jax.tree.map(split, rows))
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.losses.chunked import Head
+from jaxdistill.losses.chunked import Head, pad_and_split
 from jaxdistill.losses.divergences import target_log_probs
 
 
@@ -21,12 +20,11 @@ def chunked_log_probs(
     """
     n = targets.shape[0]
     chunk = min(chunk, n)
-    extra = -n % chunk
-    hidden = jnp.pad(head.hidden, ((0, extra), (0, 0))).reshape(-1, chunk, head.hidden.shape[-1])
 
     @jax.checkpoint
     def one(x):
         hidden, targets = x
         return target_log_probs(head._replace(hidden=hidden).logits(), targets)
 
-    return lax.map(one, (hidden, jnp.pad(targets, (0, extra)).reshape(-1, chunk))).reshape(-1)[:n]
+    rows = pad_and_split(head.hidden, chunk), pad_and_split(targets, chunk)
+    return lax.map(one, rows).reshape(-1)[:n]
