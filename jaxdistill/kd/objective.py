@@ -19,8 +19,9 @@ from jaxdistill.losses.loss import Loss, Term, parse_loss, parse_term
 from jaxdistill.losses.top_k import TopK, with_tail
 from jaxdistill.models.decoder import ApplyFn, Output, Params
 
-# tokens, loss_mask, segment_ids, positions [B, T]; where there are any: weights [B, T] and a cached
-# teacher's teacher_log_probs and teacher_indices [B, T, k], teacher_log_tail [B, T].
+# tokens, loss_mask, segment_ids, positions [B, T]; where there are any: weights [B, T]; embeddings
+# [B, T, D], which models read in the place of tokens; a cached teacher's teacher_log_probs and
+# teacher_indices [B, T, k], teacher_log_tail [B, T], or all of it as teacher_logits [B, T, V].
 Batch = dict[str, Array]
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]  # name -> (sum, count)
 
@@ -57,7 +58,10 @@ def row_data(batch: Batch) -> dict[str, Any]:
     row: dict[str, Any] = {"targets": targets, "mask": mask}
     if "weights" in batch:
         row["weights"] = jnp.roll(batch["weights"].astype(jnp.float32), -1, axis=1).reshape(-1)
-    if "teacher_indices" in batch:
+    if "teacher_logits" in batch:
+        logits = batch["teacher_logits"]
+        row["cached"] = logits.reshape(-1, logits.shape[-1])
+    elif "teacher_indices" in batch:
         flat = [
             batch[f"teacher_{name}"].reshape(targets.shape[0], *shape)
             for name, shape in (("log_probs", (-1,)), ("indices", (-1,)), ("log_tail", ()))
@@ -141,9 +145,9 @@ def kd_objective(
             goal = correction.entry.function(guide, targets, **correction.given({}))
         weights = row.get("weights")
         if token_weight is not None:
-            seen = guides or ((with_tail(z, guide)[1],) if isinstance(guide, TopK) else ())
-            if not seen:
+            if guide is None:
                 raise UserError(f"{token_weight.entry.name} weighs by a teacher; give one")
+            seen = guides or (with_tail(z, guide)[1] if isinstance(guide, TopK) else guide,)
             found = token_weight.entry.function(seen, **token_weight.given({}))
             found = lax.stop_gradient(found)
             weights = found if weights is None else weights * found
@@ -172,7 +176,8 @@ def kd_objective(
     def objective(
         params: Params, teacher_params: Any, batch: Batch, knobs: Mapping[str, Array] = {}
     ):
-        inputs = (batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
+        read = batch["embeddings"] if "embeddings" in batch else batch["tokens"]
+        inputs = (read, batch.get("positions"), batch.get("segment_ids"))
         out, student_states = _split(student(params, *inputs))
         own = (teacher_params,) if callable(teacher) else tuple(teacher_params if teachers else ())
         guides = [_split(t(p, *inputs)) for t, p in zip(teachers, own, strict=True)]

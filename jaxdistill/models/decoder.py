@@ -54,11 +54,14 @@ class ApplyFn(Protocol):
     def __call__(
         self,
         params: Params,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T D"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Output:
-        """Return hidden states and head; segments do not see one another."""
+        """Return hidden states and head; segments do not see one another.
+
+        ``tokens`` are ids, or in their place floats: input embeddings, of no token in particular.
+        """
         ...
 
 
@@ -104,7 +107,7 @@ def places_of(
     segment_ids: ArrayLike | None,
 ) -> Places:
     """Return the places of a batch that is read whole, without a cache; each is ``[B, T]``."""
-    B, T = jnp.shape(tokens)
+    B, T = jnp.shape(tokens)[:2]
     if positions is None:
         positions = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.asarray(positions)
@@ -188,8 +191,8 @@ def make_apply(
         unroll: layers per scan iteration; ``config.num_layers`` gives straight-line code.
 
     Returns:
-        ``apply(params, tokens, positions=None, segment_ids=None, cache=None, tap_inputs=None)``. It
-        returns ``Output``, or ``(Output, KVCache)`` where a cache is given.
+        ``apply(params, tokens, positions=None, segment_ids=None, cache=None, tap_inputs=None)``,
+        tokens being ids ``[B, T]`` or, as floats, input embeddings ``[B, T, D]``. It returns ``Output``, or ``(Output, KVCache)`` where a cache is given.
     """
     per_layer = _layer_transform(transform)
 
@@ -213,13 +216,17 @@ def make_apply(
             )
             return x_ND, (None if kv is None else kv_out, tap(seen, extra) if tap else None)
 
-        x_ND = jnp.take(table, tokens.reshape(-1), axis=0).astype(dtype)
+        shape = tokens.shape[:2]
+        if jnp.issubdtype(tokens.dtype, jnp.floating):
+            x_ND = tokens.reshape(-1, tokens.shape[-1]).astype(dtype)
+        else:
+            x_ND = jnp.take(table, tokens.reshape(-1), axis=0).astype(dtype)
         scanned = jax.checkpoint(body) if remat else body
         layers = (params["layers"], past_kv, tap_inputs)
         x_ND, (new_kv, statistics) = lax.scan(scanned, x_ND, layers, unroll=unroll)
         norm = RMSNorm(config.rms_norm_eps)
         x_ND = cast(Array, norm.apply({"params": rest["norm"]}, x_ND))
-        hidden = x_ND.reshape(*tokens.shape, -1)
+        hidden = x_ND.reshape(*shape, -1)
         head = table if config.tie_embeddings else rest["lm_head"]["kernel"].T
         output = Output(hidden, head.astype(dtype))
         if tap:
@@ -233,7 +240,7 @@ def _places_after(
     config: ModelConfig, cache: KVCache, tokens: Array, positions: Any, segment_ids: Any
 ) -> tuple[Places, KVCache]:
     """Return the places of tokens that follow those in the cache, and the cache with them in it."""
-    B, T = tokens.shape
+    B, T = tokens.shape[:2]
     if positions is None:
         positions = jnp.arange(T, dtype=jnp.int32)[None] + cache.length
     if segment_ids is None:

@@ -1,0 +1,1 @@
+"""Data set distillation: many real examples into a few synthetic ones."""

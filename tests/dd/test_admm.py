@@ -1,0 +1,205 @@
+"""Readable projections against exhaustive search, and ADMM against its closed form."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill.dd.admm import admm_text, perplexity_projected, with_proximity
+from jaxdistill.dd.condense import init_condense, make_condense_step
+from jaxdistill.dd.synthetic import Synthetic
+from jaxdistill.dd.text import nearest_tokens
+from jaxdistill.errors import UserError
+from jaxdistill.models.decoder import Output, init_params, make_apply
+from tests import tiny
+
+V, T, D = 5, 4, 3
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def bigram_lm(log_table, tokens):
+    """An ``ApplyFn`` of the table; 3 is added to all logits, which changes nothing."""
+    hidden = jax.nn.one_hot(tokens, log_table.shape[0])
+    return Output(hidden=hidden, head=log_table.T + 3.0)
+
+
+def log_table(seed=7):
+    logits = 2 * normal(V, V, seed=seed).astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def score(x, table, logs, ids, weight, rho, before):
+    """Sum of what the projection says that it makes largest, written out."""
+    total, last = 0.0, before
+    for t, token in enumerate(ids):
+        total -= rho / 2 * ((x[t] - table[token]) ** 2).sum()
+        total += weight * logs[last, token] if last is not None else 0.0
+        last = token
+    return total
+
+
+def nearest(x, table, k):
+    return ((x[:, None] - table[None]) ** 2).sum(-1).argsort(1)[:, :k]
+
+
+def exhaustive(x, table, logs, k, **how):
+    every = itertools.product(*nearest(x, table, k))
+    return max(every, key=lambda ids: score(x, table, logs, ids, **how))
+
+
+def project(x, table, logs, **how):
+    as_arrays = (jnp.asarray(x), jnp.asarray(table), bigram_lm, jnp.asarray(logs, jnp.float32))
+    return np.asarray(perplexity_projected(*as_arrays, **how))
+
+
+@pytest.mark.parametrize(("weight", "rho"), [(0.0, 1.0), (0.7, 1.0), (1.5, 2.5), (1.0, 0.0)])
+@pytest.mark.parametrize("k", [3, 5])
+def test_a_wide_beam_finds_the_best_of_all_sequences(k, weight, rho):
+    x, table, logs = normal(6, T, D), normal(V, D, seed=1), log_table()
+    before = [4, 0, 1, 2, 3, 0]
+    prefix = jnp.asarray([[9 % V, b] for b in before], jnp.int32)
+    how = {"weight": weight, "rho": rho}
+    got = project(
+        x, table, logs, prefix=prefix, candidates=k, beam=k ** (T - 1), batch_size=4, **how
+    )
+    expected = [exhaustive(x[i], table, logs, k, before=before[i], **how) for i in range(6)]
+    np.testing.assert_array_equal(got, expected)
+    if weight == 0:
+        np.testing.assert_array_equal(got, [nearest(row, table, 1)[:, 0] for row in x])
+    elif rho:
+        assert (got != [nearest(row, table, 1)[:, 0] for row in x]).any()
+
+
+def test_without_a_prefix_distance_alone_judges_the_first_token():
+    x, table, logs = normal(6, T, D), normal(V, D, seed=1), log_table()
+    got = project(x, table, logs, weight=2.0, candidates=V, beam=V ** (T - 1))
+    expected = [exhaustive(r, table, logs, V, weight=2.0, rho=1.0, before=None) for r in x]
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_beam_of_one_is_greedy_and_a_wider_one_scores_no_lower():
+    x, table, logs = normal(12, T, D, seed=2), normal(V, D, seed=1), log_table()
+    prefix = jnp.ones((12, 1), jnp.int32)
+    how = {"weight": 3.0, "rho": 1.0}
+
+    def greedy(row):
+        ids = []
+        for t in range(T):
+            step = {"before": ids[-1] if ids else 1, **how}
+            each = [score(row[t : t + 1], table, logs, [v], **step) for v in range(V)]
+            ids.append(int(np.argmax(each)))
+        return ids
+
+    narrow, wide = (
+        project(x, table, logs, prefix=prefix, candidates=V, beam=b, **how) for b in (1, V**3)
+    )
+    np.testing.assert_array_equal(narrow, [greedy(row) for row in x])
+    scores = [
+        [score(x[i], table, logs, ids[i], before=1, **how) for i in range(12)]
+        for ids in (narrow, wide)
+    ]
+    assert (np.array(scores[1]) >= scores[0]).all() and np.mean(scores[1]) > np.mean(scores[0])
+
+
+def test_forbidden_tokens_are_never_written_even_where_candidates_run_out():
+    x, table, logs = normal(5, T, D), normal(V, D, seed=1), log_table()
+    allowed = jnp.asarray([True, False, False, True, False])
+    for rho in (0.0, 1.0):
+        got = project(x, table, logs, weight=1.0, rho=rho, candidates=4, beam=8, allowed=allowed)
+        assert set(got.reshape(-1)) <= {0, 3}
+
+
+def test_a_decoder_judges_and_is_not_shown_what_follows():
+    c = tiny.config(vocab_size=24, num_layers=1)
+    shapes = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32), shapes
+    )
+    apply, table = make_apply(c), params["embed_tokens"]["embedding"]
+    x = table[jnp.array([[3, 9, 20], [7, 1, 2]])] + 0.5 * jnp.asarray(normal(2, 3, 64))
+    prefix = jnp.ones((2, 1), jnp.int32)
+    got = perplexity_projected(
+        x, table, apply, params, weight=3.0, candidates=3, beam=9, prefix=prefix
+    )
+    choices = [nearest(np.asarray(row), np.asarray(table), 3) for row in x]
+    every = np.array([list(itertools.product(*ids)) for ids in choices], np.int32)  # [2, 27, 3]
+    tokens = np.pad(every.reshape(54, 3), ((0, 0), (1, 0)), constant_values=1)
+    logits = np.asarray(jax.jit(lambda p, t: apply(p, t).logits())(params, tokens), np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    likely = np.take_along_axis(logs[:, :-1], tokens[:, 1:, None], -1).sum((1, 2)).reshape(2, 27)
+    away = ((np.asarray(table)[every] - np.asarray(x)[:, None]) ** 2).sum((2, 3))
+    best = (3.0 * likely - 0.5 * away).argmax(1)
+    np.testing.assert_array_equal(got, every[[0, 1], best])
+
+
+def test_what_cannot_be_searched_is_refused():
+    x, table, logs = normal(1, T, D), normal(V + 1, D), log_table()
+    with pytest.raises(
+        UserError, match="embeddings of 6 tokens given beside a language model of 5"
+    ):
+        project(x, table, logs, weight=1.0)
+    with pytest.raises(UserError, match="beam=0"):
+        project(x, table, logs, weight=1.0, beam=0)
+    with pytest.raises(UserError, match="rho=0"):
+        admm_text(lambda s, a, r: s, Synthetic({}, {}), lambda x, r: x, jnp.ones((2, 2)), rho=0)
+
+
+def snap(table):
+    return lambda x, rho: nearest_tokens(x, table, metric="l2")
+
+
+def test_admm_of_a_quadratic_ends_where_its_equations_say():
+    table = jnp.asarray(normal(12, D))
+    goal = table[jnp.array([[3, 1], [8, 11]])] + 0.1 * jnp.asarray(normal(2, 2, D, seed=4))
+    rho = 1.0
+
+    def descend(synthetic, anchor, rho):  # argmin |x - goal|^2 / 2 + rho / 2 |x - anchor|^2
+        x = (goal + rho * anchor) / (1 + rho)
+        return synthetic.replace(learned={**synthetic.learned, "inputs": x})
+
+    start = Synthetic(learned={"inputs": jnp.zeros((2, 2, D))}, fixed={})
+    found = admm_text(descend, start, snap(table), table, rho=rho, rounds=60)
+    np.testing.assert_array_equal(found.ids, [[3, 1], [8, 11]])  # the nearest to the goal
+    z = table[found.ids]
+    np.testing.assert_allclose(found.synthetic.learned["inputs"], z, atol=1e-5)  # x = z
+    # grad f(x) = -rho u where x = z: the condition of optimality.
+    np.testing.assert_allclose(found.dual, (goal - z) / rho, atol=1e-5)
+    assert len(found.history) == 60 and found.history[-1]["primal"] < 1e-4
+    assert found.history[-1]["dual"] == 0 and found.history[-1]["changed"] == 0
+
+
+def test_admm_beats_snapping_the_free_optimum():
+    # f(x) = |A (x - goal)|^2 / 2 with an uneven A: near in distance is not low in f.
+    table = jnp.asarray(normal(40, 2, seed=5))
+    stretch = jnp.asarray([[[6.0, 0.5]]])
+    goal = 0.7 * jnp.asarray(normal(30, 1, 2, seed=6))
+
+    def each(x):
+        return 0.5 * jnp.sum((stretch * (x - goal)) ** 2, axis=(1, 2))
+
+    def meta_loss(synthetic, real, key):
+        return jnp.sum(each(synthetic.learned["inputs"])), {"seen": jnp.float32(len(real))}
+
+    step = make_condense_step(with_proximity(meta_loss), optax.sgd(0.02))
+
+    def descend(synthetic, anchor, rho):
+        state = init_condense(synthetic, optax.sgd(0.02))
+        for _ in range(120):
+            state, metrics = step(state, {"anchor": anchor, "rho": jnp.float32(rho)})
+        assert metrics["seen"] == 0  # the method is not shown what is ours
+        # The closed form of the update.
+        expected = (stretch**2 * goal + rho * anchor) / (stretch**2 + rho)
+        np.testing.assert_allclose(state.synthetic.learned["inputs"], expected, atol=1e-2)
+        return state.synthetic
+
+    start = Synthetic(learned={"inputs": goal}, fixed={})
+    found = admm_text(descend, start, snap(table), table, rho=20.0, rounds=12)
+    snapped = each(table[nearest_tokens(goal, table, metric="l2")])
+    assert jnp.mean(each(table[found.ids])) < 0.7 * jnp.mean(snapped)
