@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from jaxdistill.quant.lattice import Grid, QuantSpec, fixed_grid, round_to_lattice, spread
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def fake_quant(
     w: Float[Array, "..."], grid: Grid, spec: QuantSpec, axis: int = -2
 ) -> Float[Array, "..."]:
@@ -27,33 +25,37 @@ def fake_quant(
     * Minimum and maximum (range learning, arXiv 2201.08442): ``(round(v) - v) / (2^bits - 1)``
       inside, with the sign of its end; the clipped weights follow the end that clips them.
 
+    It has derivatives of every order, in both modes, and they are written without a
+    ``jax.custom_jvp``: ``lax.scan`` forgets such a rule of what it scans over when it is
+    differentiated a second time (jax 0.10), and a meta-gradient would see no weight at all.
+
     Args:
         w: float32 master weights, ``[..., in, out]`` for axis -2.
         grid: see ``quant.lattice``; ``[..., groups, out]``.
         spec: gives the integer range.
         axis: the contraction axis, -2 of a kernel and -1 of an embedding table.
     """
-    return round_to_lattice(w, grid, spec, axis)[1]
-
-
-@fake_quant.defjvp
-def _fake_quant_jvp(spec, axis, primals, tangents):
-    (w, grid), (dw, dgrid) = primals, tangents
-    scale, *zero = (spread(part, w.shape, axis) for part in fixed_grid(grid, spec))
-    v = w / scale
+    fixed_w, fixed = lax.stop_gradient((w, fixed_grid(grid, spec)))
+    scale, *zero = (spread(part, w.shape, axis) for part in fixed)
+    v = fixed_w / scale
     place = v + zero[0] if zero else v
     above, below = place > spec.qmax, place < spec.qmin
     inside = ~(above | below)
-    value = fake_quant(w, grid, spec, axis)  # by itself, so that it has derivatives of any order
-    tangent = jnp.where(inside, dw, jnp.zeros_like(dw))
+    value = lax.stop_gradient(round_to_lattice(w, grid, spec, axis)[1])
+    value = value + _slope(jnp.where(inside, w, jnp.zeros_like(w)))
     if not spec.learned:
-        return value, tangent
-    parts = [spread(part, w.shape, axis) for part in dgrid]
+        return value
+    parts = [spread(part, w.shape, axis) for part in grid]
     residue = jnp.round(v) - v
     if spec.symmetric:
         members = w.shape[axis] // grid[0].shape[axis]
         by_scale = jnp.where(inside, residue, jnp.clip(v, spec.qmin, spec.qmax))
-        return value, tangent + parts[0] * by_scale / math.sqrt(members * spec.qmax)
+        return value + _slope(parts[0] * by_scale / math.sqrt(members * spec.qmax))
     low, high = parts
     by_ends = residue * (high - low) / spec.qmax
-    return value, tangent + jnp.where(inside, by_ends, jnp.where(above, high, low))
+    return value + _slope(jnp.where(inside, by_ends, jnp.where(above, high, low)))
+
+
+def _slope(x: Array) -> Array:
+    """Return zeros that have the derivative of ``x``."""
+    return x - lax.stop_gradient(x)

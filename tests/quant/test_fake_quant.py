@@ -58,6 +58,15 @@ def test_same_under_jvp_second_order_scan_remat_and_vmap(weight):
     reverse = jax.grad(lambda x: jnp.sum(jax.grad(loss)(x)))(w)
     np.testing.assert_allclose(forward, 6 * value * inside, rtol=1e-6)
     np.testing.assert_allclose(reverse, forward, rtol=1e-6)
+
+    # The same of weights that a scan goes over, as the layers of a decoder are.
+    def layers(x):
+        return jax.lax.scan(lambda s, y: (s + loss(y), None), jnp.zeros(()), x[None])[0]
+
+    again = jax.jvp(jax.grad(layers), (w,), (direction,))[1]
+    np.testing.assert_allclose(again, 6 * value * inside, rtol=1e-6)
+    again = jax.grad(lambda x: jnp.sum(jax.grad(layers)(x)))(w)
+    np.testing.assert_allclose(again, 6 * value * inside, rtol=1e-6)
     stacked = jnp.stack([w, 2 * w])
     many = jax.vmap(lambda x: fake_quant(x, grid, SPEC))(stacked)
     scanned = jax.lax.scan(lambda _, x: (None, fake_quant(x, grid, SPEC)), None, stacked)[1]
