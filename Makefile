@@ -38,7 +38,8 @@ test: $(VENV)/.model ## run the tests, without PyTorch
 	  $(PYTEST_ARGS)
 
 test-peers: $(PEERS)/.model ## run the tests that compare with PyTorch and other packages
-	$(PEERS)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/peers $(PYTEST_ARGS)
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=3" \
+	  $(PEERS)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/peers $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## check style, format and types
 	$(VENV)/bin/ruff check $(LINTED)

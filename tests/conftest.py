@@ -13,6 +13,11 @@ _HF_HOME = tempfile.TemporaryDirectory(prefix="jaxdistill-tests-hf-")
 _HOST_DEVICES = "--xla_force_host_platform_device_count"
 if _HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_HOST_DEVICES}=8".strip()
+# Most of a test run is compiling, and most of that is optimising code that runs once. The tests
+# against other packages are compiled as users compile: `make test-peers` asks for level 3.
+_QUICK = "--xla_backend_optimization_level"
+if _QUICK not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += f" {_QUICK}=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ |= {
     "HF_DATASETS_OFFLINE": "1",
