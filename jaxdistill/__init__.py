@@ -8,15 +8,23 @@ Everything is a pure function of pytrees:
     Rollout    (params, batch, step) -> batch              the student's own text
     Optimizer  an optax.GradientTransformation             ov-freeze is a mask around one
     step       (state, teacher_params, batch) -> (state, metrics)
+    MetaLoss   (synthetic, real batch, key) -> (loss, metrics)    a method of condensing data
 
 Axis letters, in shape suffixes and annotations:
 
     B rows of a batch      T tokens of a row      S key/value places     N tokens, B*T; query heads
     D model width          V vocabulary           L layers               K key/value heads
     H width of a head      F rotary pairs, H/2    G groups that share a scale
+    M synthetic examples   C classes              inner steps are K by themselves
 """
 
 from jaxdistill import _quiet as _quiet
+from jaxdistill.dd.condense import init_condense, make_condense_step
+from jaxdistill.dd.inner import inner_adam, inner_sgd
+from jaxdistill.dd.language import objective_loss
+from jaxdistill.dd.meta_gradient import meta_gradient
+from jaxdistill.dd.synthetic import Synthetic
+from jaxdistill.dd.unroll import Unroll, make_unroll
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
@@ -50,7 +58,9 @@ __all__ = [
     "Policy",
     "QuantSpec",
     "Sampling",
+    "Synthetic",
     "TrainState",
+    "Unroll",
     "UserError",
     "adamw",
     "add_lora",
@@ -63,14 +73,21 @@ __all__ = [
     "fake_quant_params",
     "freeze",
     "generate",
+    "init_condense",
     "init_state",
+    "inner_adam",
+    "inner_sgd",
     "kd_objective",
     "load_model",
     "make_apply",
+    "make_condense_step",
     "make_evaluator",
     "make_rollout",
     "make_step",
+    "make_unroll",
     "merge_lora",
+    "meta_gradient",
+    "objective_loss",
     "ov_freeze",
     "parse_loss",
     "quantize_params",

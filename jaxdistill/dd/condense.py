@@ -88,7 +88,8 @@ def make_condense_step(
 
         learned = state.synthetic.learned
         (loss, metrics), gradient = jax.value_and_grad(mean_loss, has_aux=True)(learned)
-        updates, opt_state = tx.update(gradient, state.opt_state, learned)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
+            updates, opt_state = tx.update(gradient, state.opt_state, learned)
         moved = optax.apply_updates(learned, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)} | metrics
         new = CondenseState(

@@ -21,11 +21,16 @@ def objective_loss(objective: Objective) -> LossFn:
     """Return an objective's mean, ``(params, data) -> scalar``, for inner and outer losses.
 
     ``data`` is a batch, and where the objective has a live teacher, that teacher's params under
-    ``teacher``. Build the objective with ``fused=False``: it is differentiated twice.
+    ``teacher``. Where the batch has ``token_logits`` ``[B, T, V]``, each place is read as the mean
+    of the embeddings in ``params`` under their softmax. Build the objective with ``fused=False``:
+    it is differentiated twice.
     """
 
     def loss(params: Any, data: Any) -> Array:
-        batch = {name: x for name, x in data.items() if name != "teacher"}
+        batch = {name: x for name, x in data.items() if name not in ("teacher", "token_logits")}
+        if "token_logits" in data:
+            probs = jax.nn.softmax(data["token_logits"], axis=-1)
+            batch["embeddings"] = probs @ params["embed_tokens"]["embedding"]
         total, count, _ = objective(params, data.get("teacher"), batch)
         return total / jnp.where(count > 0, count, jnp.ones_like(count))
 
@@ -56,6 +61,21 @@ def embedded_rows(
     if rate is not None:
         shape = () if steps is None else (steps,)
         learned["log_rates"] = jnp.full(shape, jnp.log(jnp.asarray(rate, jnp.float32)))
+    return Synthetic(learned=learned, fixed={name: jnp.asarray(x) for name, x in rows.items()})
+
+
+def soft_token_rows(rows: Batch, vocab_size: int, *, sharpness: float | int = 5.0) -> Synthetic:
+    """Return a set of token distributions ``[M, T, V]`` that begins as the tokens of real rows.
+
+    Unlike embeddings they stay within what tokens can mean, and belong to no model's table.
+
+    Args:
+        rows: M packed rows; their tokens stay as the hard labels.
+        vocab_size: V.
+        sharpness: logit of the real token, the others' being 0.
+    """
+    tokens = jnp.asarray(rows["tokens"])
+    learned = {"token_logits": sharpness * jax.nn.one_hot(tokens, vocab_size)}
     return Synthetic(learned=learned, fixed={name: jnp.asarray(x) for name, x in rows.items()})
 
 

@@ -95,7 +95,9 @@ def make_unroll(
             picked = batch
             if rows is not None:
                 picked = jax.tree.map(lambda x: jnp.take(x, rows[k], axis=0), batch)
-            updates, opt_state = tx.update(of_params(params, picked), opt_state, params)
+            found = of_params(params, picked)
+            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
+                updates, opt_state = tx.update(found, opt_state, params)
             scaled = jax.tree.map(lambda u: u * rates[k].astype(u.dtype), updates)
             return optax.apply_updates(params, scaled), opt_state
 

@@ -192,7 +192,8 @@ def make_apply(
 
     Returns:
         ``apply(params, tokens, positions=None, segment_ids=None, cache=None, tap_inputs=None)``,
-        tokens being ids ``[B, T]`` or, as floats, input embeddings ``[B, T, D]``. It returns ``Output``, or ``(Output, KVCache)`` where a cache is given.
+        tokens being ids ``[B, T]`` or, as floats, input embeddings ``[B, T, D]``. It returns
+        ``Output``, or ``(Output, KVCache)`` where a cache is given.
     """
     per_layer = _layer_transform(transform)
 

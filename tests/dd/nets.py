@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 CLASSES = 3
 
@@ -42,10 +43,11 @@ def data(seed: int, rows: int, inputs: int = 4):
     }
 
 
-def central_differences(f, x, step: float = 1e-6):
-    """The gradient of a scalar function of one array; all entries are moved in one vmap."""
-    x = np.asarray(x)
-    moves = step * np.eye(x.size).reshape(x.size, *x.shape)
-    values = jax.jit(jax.vmap(f))(np.concatenate([x[None] + moves, x[None] - moves]))
+def central_differences(f, at, step: float = 1e-6):
+    """The gradient of a scalar function of a tree; all entries are moved in one vmap."""
+    x, tree_of = ravel_pytree(at)
+    moves = step * np.eye(x.size)
+    x = np.asarray(x)[None]
+    values = jax.jit(jax.vmap(lambda x: f(tree_of(x))))(np.concatenate([x + moves, x - moves]))
     up, down = np.split(np.asarray(values), 2)
-    return ((up - down) / (2 * step)).reshape(x.shape)
+    return tree_of(jnp.asarray((up - down) / (2 * step)))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import datasets
 import jax.numpy as jnp
@@ -127,11 +128,18 @@ def test_a_set_is_replaced_whole_and_nothing_else_is(folder):
     assert load_set(folder).method == "herding" and (folder / "notes.md").read_text() == "mine"
 
 
-def test_a_write_that_fails_leaves_the_old_set(folder, monkeypatch):
+@pytest.mark.parametrize("at", ["writing", "renaming"])
+def test_a_write_that_fails_leaves_the_old_set(folder, monkeypatch, at):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxdistill.dd.stored_set.pq.write_table", full)
+    rename = Path.rename
+    if at == "writing":
+        monkeypatch.setattr("jaxdistill.dd.stored_set.pq.write_table", full)
+    else:
+        monkeypatch.setattr(
+            Path, "rename", lambda p, to: full() if p.suffix == ".part" else rename(p, to)
+        )
     with pytest.raises(UserError, match="No space left"):
         save_set(folder, stored(method="herding"))
     assert load_set(folder).method == "meta_gradient" and os.listdir(folder.parent) == ["set"]

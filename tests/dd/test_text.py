@@ -62,7 +62,7 @@ def test_nearest_rows_come_in_order_with_exact_distances():
 
 def test_nearest_examples_are_the_best_choice_without_repeats():
     features, labels = normal(9, 2), np.array([0, 1, 0, 1, 0, 1, 0, 1, 1])
-    inputs, of_labels = 0.1 * normal(5, 2, seed=3), np.array([1, 0, 1, 1, 0])
+    inputs, of_labels = 0.5 * normal(5, 2, seed=5), np.array([1, 0, 1, 1, 0])
     got = nearest_examples(inputs, features, labels, of_labels)
     assert len(set(got)) == 5 and (labels[got] == of_labels).all()
     free = np.where(labels[None] == of_labels[:, None], distances(inputs, features), np.inf)
@@ -102,6 +102,8 @@ def test_unconfirmed_texts_are_left_out():
     assert sorted(got[:3]) == [0, 1, 2] and (labels[got] == [0, 0, 0, 1, 1, 1]).all()
     got = filter_generated(features, labels, probs, per_class=5, threshold=0.1)
     assert sorted(got[:5]) == [0, 1, 2, 3, 4]  # 5 is above the threshold and taken for class 1
+    with pytest.raises(UserError, match="class 0: of 6 texts 5 are confirmed"):
+        filter_generated(features, labels, probs, per_class=6, threshold=0.1)
     with pytest.raises(UserError, match="class 0: of 6 texts 3 are confirmed and 3 of these"):
         filter_generated(features, labels, probs, per_class=4)
     with pytest.raises(UserError, match="class 2: of 0 texts"):
