@@ -12,9 +12,12 @@ from rich.console import Console
 from jaxdistill.errors import UserError
 from jaxdistill.recipes.analyze import Analyze, analyze
 from jaxdistill.recipes.cache_teacher import CacheTeacher, cache_teacher
+from jaxdistill.recipes.condense import condense
+from jaxdistill.recipes.condense_options import Condense
 from jaxdistill.recipes.demo import Demo, demo
 from jaxdistill.recipes.distill import Distill, distill
 from jaxdistill.recipes.evaluate import Evaluate, evaluate
+from jaxdistill.recipes.evaluate_set import EvaluateSet, evaluate_set
 from jaxdistill.recipes.export import Export, export
 from jaxdistill.recipes.generate import Generate, generate
 from jaxdistill.recipes.objectives import (
@@ -24,7 +27,7 @@ from jaxdistill.recipes.objectives import (
     objectives_table,
 )
 from jaxdistill.recipes.quantize import Quantize, quantize
-from jaxdistill.report.table import choices_table, result_table
+from jaxdistill.report.table import choices_table, comparison_table, result_table
 
 VERBS = {
     "quantize": Quantize,
@@ -33,6 +36,8 @@ VERBS = {
     "analyze": Analyze,
     "cache-teacher": CacheTeacher,
     "objectives": Objectives,
+    "condense": Condense,
+    "evaluate-set": EvaluateSet,
     "export": Export,
     "generate": Generate,
     "demo": Demo,
@@ -80,6 +85,16 @@ def run(options: Any) -> None:
                 print(objectives_markdown(), end="")
             else:
                 out.print(objectives_table())
+        case Condense():
+            result = condense(options)
+            if options.json:
+                print(json.dumps(result))
+        case EvaluateSet():
+            result = evaluate_set(options)
+            if options.json:
+                print(json.dumps(result))
+            else:
+                out.print(comparison_table(result["results"]))
         case Export():
             print(export(options))
         case Generate():
@@ -96,7 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
         options = tyro.extras.subcommand_cli_from_dict(
             VERBS,  # pyright: ignore[reportArgumentType]
             prog="jaxdistill",
-            description="Make language models smaller: 4-bit distillation with ov-freeze, in JAX.",
+            description="Make language models and their training data smaller: 4-bit distillation "
+            "with ov-freeze, and data set distillation, in JAX.",
             args=arguments,
         )
         run(options)

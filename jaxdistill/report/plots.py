@@ -22,7 +22,8 @@ def _curve(axes: Any, rows: Rows, name: str, label: str, **style: Any) -> None:
         axes.plot(*zip(*points, strict=True), label=label, **style)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure, close it, and return its path."""
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -59,7 +60,7 @@ def plot_training(
             axes.axhline(results[start]["kl"], color="grey", ls="--", label=f"{called}, held out")
         axes.set(xlabel="step", ylabel=unit, title=title, ylim=(0, None))
         axes.legend(fontsize=8)
-        made.append(_save(figure, directory / f"{name}.png"))
+        made.append(save_figure(figure, directory / f"{name}.png"))
     if len(pictures) > 1:
         made.append(_plot_recovered(directory / "recovered.png", results, start, called))
     return made
@@ -87,4 +88,4 @@ def _plot_recovered(
     )
     axes.invert_yaxis()
     axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -71,4 +71,28 @@ def choices_table(choices: Mapping[str, Mapping[str, Any]], mean: Mapping[str, A
         if "acc_stderr" in row:
             cells["acc"] += f" ±{row['acc_stderr']:.1%}"
         table.add_row(name, *cells.values(), end_section=name == list(choices)[-1])
+    return table
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Lay out what networks reach that were trained on several sets, see ``evaluate-set``.
+
+    One row a training set and architecture: its size, accuracy with its deviation over seeds, the
+    share kept of full data's, and the recall of each named slice.
+    """
+    slices = list(dict.fromkeys(name for row in rows for name in row["slices"]))
+    table = Table("trained on", "architecture")
+    for head in ("examples", "accuracy", "kept", *slices):
+        table.add_column(head, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        kept = row.get("retention")
+        table.add_row(
+            row["name"],
+            row["architecture"],
+            f"{row['examples']:,}",
+            f"{row['mean']:.1%} ±{row['std']:.1%}",
+            "" if kept is None else f"{kept:.1%}",
+            *("" if s not in row["slices"] else f"{row['slices'][s]:.1%}" for s in slices),
+            end_section=rows[min(i + 1, len(rows) - 1)]["architecture"] != row["architecture"],
+        )
     return table

@@ -23,6 +23,10 @@ from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.run_directory import RunDirectory
 
 
+def _params(state: Any) -> Any:
+    return state.params
+
+
 class Look(NamedTuple):
     """Say what is looked at every few steps: ``take(step, params) -> metrics``, logged with them.
 
@@ -61,7 +65,9 @@ def train(
     checkpoint_every: int = 0,
     keep: int = 2,
     looks: Sequence[Look] = (),
+    looked_at: Callable[[Any], Any] = _params,
     console: Console | None = None,
+    name: str = "train",
 ) -> Any:
     """Run ``steps`` updates and return the last state.
 
@@ -69,8 +75,9 @@ def train(
     checkpoint is always a good one.
 
     Args:
-        step: the jitted ``(state, teacher_params, batch) -> (state, metrics)``.
-        state: the first state; donated.
+        step: the jitted ``(state, teacher_params, batch) -> (state, metrics)``; a metric is a
+            number, or a pair of sum and count.
+        state: the first state; donated. It has a ``step``.
         teacher_params: passed through.
         data: ``data[i]`` is the batch of step i.
         steps: updates in all, those before a resume included.
@@ -80,32 +87,44 @@ def train(
         checkpoint_every: steps between checkpoints; 0 saves none.
         keep: checkpoints kept.
         looks: see ``Look``.
+        looked_at: what of a state the looks are given; its params.
         console: where progress is shown.
+        name: of the work, beside its progress.
     """
     with Checkpoints(run.checkpoints, keep=keep) as checkpoints, _progress(console) as progress:
         if resume and checkpoints.latest is not None:
             state = checkpoints.restore(state, fingerprint)
         first = int(state.step)
         run.rewind(first)
-        task = progress.add_task("train", total=steps, completed=first, loss="", rate="")
+        task = progress.add_task(name, total=steps, completed=first, loss="", rate="")
         for i in range(first, steps):
             began = time.perf_counter()
             batch = data[i]
             state, metrics = step(state, teacher_params, batch)
-            values = {name: float(s) / (float(c) or 1.0) for name, (s, c) in metrics.items()}
+            values = {metric: _value(of) for metric, of in metrics.items()}
             seconds = time.perf_counter() - began
             check_finite(i + 1, values, checkpoints.latest)
-            values |= {"tokens_per_second": batch["tokens"].size / seconds, "seconds": seconds}
+            unit, count = ("tokens", batch["tokens"].size) if "tokens" in batch else ("steps", 1)
+            speed = count / seconds
+            values |= {f"{unit}_per_second": speed, "seconds": seconds}
             done = i + 1
             for every, take, at_end in looks:
                 if every and (done % every == 0 or (at_end and done == steps)):
-                    values |= take(done, state.params)
+                    values |= take(done, looked_at(state))
             run.log(done, values)
             if checkpoint_every and (done % checkpoint_every == 0 or done == steps):
                 checkpoints.save(done, state, fingerprint)
-            rate = f"{values['tokens_per_second']:,.0f} tokens/s"
+            rate = f"{speed:,.{1 if speed < 100 else 0}f} {unit}/s"
             progress.update(task, advance=1, loss=f"loss {values['loss']:.4f}", rate=rate)
     return state
+
+
+def _value(metric: Any) -> float:
+    """Return a metric as one number: itself, or the mean of a sum and a count."""
+    if isinstance(metric, tuple):
+        total, count = metric
+        return float(total) / (float(count) or 1.0)
+    return float(metric)
 
 
 def _progress(console: Console | None) -> Progress:

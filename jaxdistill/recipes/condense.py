@@ -1,0 +1,141 @@
+"""Data set distillation, the whole job: many real examples into a few that train as well.
+
+Load data and the model that reads them; choose real examples, or start from them and learn; store
+the set; say what was learned.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from jaxdistill.dd.condense import CondenseState, init_condense, make_condense_step
+from jaxdistill.dd.selection import select
+from jaxdistill.dd.stored_set import StoredSet, save_set
+from jaxdistill.dd.synthetic import Synthetic
+from jaxdistill.models.hub import load_model
+from jaxdistill.recipes.condense_data import Real, check_real, read_real
+from jaxdistill.recipes.condense_methods import (
+    batches_of,
+    classifier_of,
+    draw_weights,
+    first_set,
+    meta_loss_of,
+    selected,
+)
+from jaxdistill.recipes.condense_options import Condense, condense_identity
+from jaxdistill.recipes.condense_report import nearest_texts, report_set, settings_of
+from jaxdistill.recipes.condense_texts import quotas_of, select_texts
+from jaxdistill.train.labelled import load_labelled, slices_of
+from jaxdistill.train.loop import train
+from jaxdistill.train.run_directory import RunDirectory
+
+
+def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
+    """Run the job.
+
+    Args:
+        o: the options.
+        console: where progress is shown; standard error by default.
+
+    Returns:
+        ``method``, ``level``, ``examples``, ``classes``, ``slices`` (name to number of examples),
+        ``seconds``, ``set`` (the directory), and of a learned set the ``first_loss`` and
+        ``last_loss``, each the mean of a tenth of the updates.
+
+    Raises:
+        UserError: any input is wrong; nothing is written then.
+    """
+    console = console or Console(stderr=True)
+    began = time.perf_counter()
+    if o.examples is not None:
+        run, stored = select_texts(o, console)
+        save_set(run.path / "set", stored)
+        return report_set(run, stored, None, time.perf_counter() - began, console)
+
+    # Data; everything that can be wrong with the input is found before writing.
+    assert o.per_class is not None  # one of the two, says Condense
+    data = load_labelled(o.data)
+    check_real(data, o.model, o.level)
+    slices = slices_of(data, o.slice)
+    groups, quotas = quotas_of(data, slices, o.per_class, o.per_slice)
+    select("random", np.zeros(len(data)), groups, quotas)  # says which group is too small
+    model = load_model(o.model).floats() if o.model else None
+    if model is None:
+        classifier_of(o, read_real(data, level=o.level))
+    run = RunDirectory(o.out, condense_identity(o), resume=o.resume)
+    real = read_real(
+        data,
+        level=o.level,
+        model=model,
+        seq_len=o.seq_len,
+        batch_size=o.feature_batch,
+        cache=o.feature_cache or o.out,
+        console=console,
+    )
+    net = classifier_of(o, real)
+
+    # The set: selected, or learned from a start.
+    if o.learns:
+        rows = select("random", real.features, groups, quotas, o.seed)
+        weights = draw_weights(groups, quotas, slices)
+        synthetic = _learn(o, real, net, first_set(o, real, rows), weights, run, console)
+    else:
+        with console.status("selecting"):
+            rows = selected(o, real, net, groups, quotas)
+        synthetic = Synthetic(
+            learned={"inputs": jnp.asarray(real.inputs(rows), jnp.float32)},
+            fixed={"labels": jnp.asarray(data.labels[rows])},
+        )
+    stored = StoredSet(
+        synthetic=synthetic,
+        level=real.level,
+        method=o.method,
+        classes=data.classes,
+        texts=nearest_texts(o, real, synthetic, rows),
+        settings=settings_of(o, real.reading, data.fingerprint(), rows)
+        | {"architecture": net.name, "width": o.width},
+        slices={name: np.flatnonzero(mask[rows]).tolist() for name, mask in slices.items()},
+    )
+    save_set(run.path / "set", stored)
+    return report_set(run, stored, real, time.perf_counter() - began, console)
+
+
+def _learn(
+    o: Condense,
+    real: Real,
+    net: Any,
+    start: Synthetic,
+    weights: np.ndarray | None,
+    run: RunDirectory,
+    console: Console,
+) -> Synthetic:
+    """Return the learned set."""
+    tx = optax.adam(optax.cosine_decay_schedule(o.lr, o.steps))
+    state = init_condense(start, tx, o.seed)
+    step = make_condense_step(meta_loss_of(o, net, len(real.data.classes)), tx, networks=o.networks)
+    batches = batches_of(o, real, net, weights)
+    jax.eval_shape(step, state, batches[0])  # says what cannot be computed, before training
+    quarter = max(1, o.steps // 4)
+    state = train(
+        lambda state, _, batch: step(state, batch),  # pyright: ignore[reportArgumentType]
+        state,
+        None,
+        batches,
+        steps=o.steps,
+        run=run,
+        fingerprint=real.data.fingerprint(),
+        resume=o.resume,
+        checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
+        looked_at=lambda state: state.synthetic,
+        console=console,
+        name="condense",
+    )
+    assert isinstance(state, CondenseState)
+    return state.synthetic

@@ -1,0 +1,241 @@
+"""What ``condense`` does by each method: the loss a set is learned by, or the rows selected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float, Int
+
+from jaxdistill.dd.classification import classification_loss
+from jaxdistill.dd.condense import MetaLoss
+from jaxdistill.dd.inner import inner_optimizer
+from jaxdistill.dd.kernel import kernel_ridge
+from jaxdistill.dd.matching import (
+    distribution_matching,
+    expert_segment,
+    expert_trajectory,
+    gradient_matching,
+    trajectory_matching,
+)
+from jaxdistill.dd.meta_gradient import meta_gradient
+from jaxdistill.dd.selection import el2n_scores, meta_gradient_scores, select
+from jaxdistill.dd.synthetic import Synthetic
+from jaxdistill.dd.train_on import train_classifier
+from jaxdistill.dd.unroll import make_unroll
+from jaxdistill.models.classifiers import Classifier, make_classifier
+from jaxdistill.recipes.condense_data import Real, RealBatches
+from jaxdistill.recipes.condense_options import Condense
+
+_POOL = 1024  # examples that are weighed in one unrolled training
+_POINTS = 20  # that are kept of an expert's trajectory
+
+
+def classifier_of(o: Condense, real: Real) -> Classifier:
+    """Return the inner network; raise ``UserError`` where it cannot read the data."""
+    usual = {"images": "convnet", "embeddings": "transformer"}.get(real.level, "mlp")
+    return make_classifier(
+        o.architecture or usual,
+        input_shape=real.shape,
+        num_classes=len(real.data.classes),
+        width=o.width,
+    )
+
+
+def first_set(o: Condense, real: Real, rows: Int[np.ndarray, "M"]) -> Synthetic:
+    """Return what learning starts from: real examples, or noise, with their labels."""
+    inputs, labels = real.inputs(rows), real.data.labels[rows]
+    if o.start == "noise":
+        inputs = np.random.default_rng(o.seed).normal(size=inputs.shape)
+    learned: dict[str, Any] = {"inputs": jnp.asarray(inputs, jnp.float32)}
+    if o.soft_labels:
+        classes = len(real.data.classes)
+        probs = 0.9 * np.eye(classes)[labels] + 0.1 / classes
+        learned["label_logits"] = jnp.asarray(np.log(probs), jnp.float32)
+    if o.learn_rates:
+        shape = (o.inner_steps,) if o.method == "meta-gradient" else ()
+        learned["log_rates"] = jnp.full(shape, np.log(o.inner_rate), jnp.float32)
+    return Synthetic(learned=learned, fixed={"labels": jnp.asarray(labels)})
+
+
+def _inner(name: str) -> optax.GradientTransformation:
+    return inner_optimizer(name)
+
+
+def meta_loss_of(o: Condense, net: Classifier, classes: int) -> MetaLoss:
+    """Return what each update makes less."""
+    loss, tx = classification_loss(net.apply), _inner(o.inner_optimizer)
+    match o.method:
+        case "meta-gradient":
+            return meta_gradient(
+                loss,
+                loss,
+                net.init,
+                tx=tx,
+                unroll=o.unroll,
+                rate=o.inner_rate,
+                inner_batch=o.inner_batch or None,
+            )
+        case "gradient-matching":
+            return gradient_matching(
+                loss,
+                net.init,
+                per_class=o.per_class,
+                warm_steps=o.inner_steps,
+                warm_rate=o.inner_rate,
+            )
+        case "distribution-matching":
+            return distribution_matching(net.features, net.init, num_classes=classes)
+        case "trajectory-matching":
+            return trajectory_matching(
+                loss,
+                unroll=o.unroll,
+                tx=tx,
+                rate=o.inner_rate,
+                inner_batch=o.inner_batch or None,
+            )
+        case "kernel-ridge":
+            return kernel_ridge(net.features, net.init, num_classes=classes)
+        case _:
+            raise ValueError(f"{o.method} learns nothing")
+
+
+def batches_of(o: Condense, real: Real, net: Classifier, weights: np.ndarray | None) -> Any:
+    """Return what serves the real data of each update."""
+    if o.method == "trajectory-matching":
+        return _ExpertBatches(o, real, net)
+    grouped = o.method == "gradient-matching"
+    return RealBatches(real, o.batch_size, o.seed, weights=weights, grouped=grouped)
+
+
+class _ExpertBatches:
+    """Serve stretches of the experts' trajectories; batch i depends on the seed and i alone."""
+
+    def __init__(self, o: Condense, real: Real, net: Classifier) -> None:
+        every = max(1, o.expert_steps // _POINTS)
+        points = o.expert_steps // every
+        self._seed, self._experts = o.seed, o.experts
+        self._span = min(max(1, round(o.inner_steps / every)), max(1, points - 1))
+        data = {"inputs": jnp.asarray(real.all_inputs()), "labels": jnp.asarray(real.data.labels)}
+        small = o.batch_size < len(real.data)
+
+        @jax.jit
+        def train(keys: Any) -> Any:
+            def one(key: Any) -> Any:
+                return expert_trajectory(
+                    classification_loss(net.apply),
+                    net.init,
+                    data,
+                    key,
+                    tx=optax.sgd(o.inner_rate),
+                    steps=every * points,
+                    every=every,
+                    batch_size=o.batch_size if small else None,
+                )
+
+            return jax.vmap(one)(keys)
+
+        self._points = train(jax.random.split(jax.random.key(o.seed), o.experts))
+
+        def segment(points: Any, expert: Any, key: Any) -> Any:
+            chosen = jax.tree.map(lambda x: x[expert], points)
+            return expert_segment(chosen, key, span=self._span)
+
+        self._segment = jax.jit(segment)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Return the stretch of step i: ``start`` and ``end``."""
+        key = jax.random.fold_in(jax.random.key(self._seed), i)
+        expert_key, place_key = jax.random.split(key)
+        expert = jax.random.randint(expert_key, (), 0, self._experts, jnp.int32)
+        return self._segment(self._points, expert, place_key)
+
+
+def draw_weights(
+    groups: np.ndarray, quotas: dict[Any, int], slices: dict[str, Any]
+) -> np.ndarray | None:
+    """Return how often each example is drawn, so that batches have each group in its quota's share.
+
+    Without named slices None: every example as often as another.
+    """
+    if not slices:
+        return None
+    weights = np.zeros(len(groups))
+    for group, quota in quotas.items():
+        rows = groups == group
+        weights[rows] = quota / rows.sum()
+    return weights
+
+
+def selected(
+    o: Condense, real: Real, net: Classifier, groups: np.ndarray, quotas: dict[Any, int]
+) -> Int[np.ndarray, "M"]:
+    """Return the rows that a method of selection picks."""
+    if o.method in ("random", "herding", "k-center"):
+        return select(o.method, real.features, groups, quotas, o.seed)
+    scores = _el2n(o, real, net) if o.method == "el2n" else _meta_gradient_scores(o, real, net)
+    return select("score", scores, groups, quotas, o.seed)
+
+
+def _el2n(o: Condense, real: Real, net: Classifier) -> Float[np.ndarray, "N"]:
+    """Score every example by networks that were trained on all of them for a while."""
+    whole = {"inputs": jnp.asarray(real.all_inputs()), "labels": jnp.asarray(real.data.labels)}
+
+    @jax.jit
+    def experts(keys: Any) -> Any:
+        def one(key: Any) -> Any:
+            return train_classifier(
+                net, whole, steps=o.expert_steps, rate=1e-3, key=key, batch_size=o.batch_size
+            )
+
+        return jax.vmap(one)(keys)
+
+    params = experts(jax.random.split(jax.random.key(o.seed), o.experts))
+    score = jax.jit(lambda batch: el2n_scores(net.apply, params, batch))
+    found = []
+    for rows in np.array_split(np.arange(len(real.data)), -(-len(real.data) // _POOL)):
+        part = jax.tree.map(lambda x, rows=rows: x[rows], whole)
+        found.append(np.asarray(score(part)))
+    return np.concatenate(found)
+
+
+def _meta_gradient_scores(o: Condense, real: Real, net: Classifier) -> Float[np.ndarray, "N"]:
+    """Score every example by its weight in an unrolled training, pool by pool.
+
+    The loss after training is on examples of other pools, where there are several.
+    """
+    rng = np.random.default_rng(o.seed)
+    number = len(real.data)
+    order = rng.permutation(number)
+    pools = np.array_split(order, -(-number // _POOL))
+    loss = classification_loss(net.apply)
+    train = make_unroll(
+        loss, _inner(o.inner_optimizer), o.unroll, inner_batch=o.inner_batch or None
+    )
+    rates = jnp.full((o.inner_steps,), o.inner_rate, jnp.float32)
+
+    @jax.jit
+    def score(pool: Any, outer: Any, keys: Any) -> Any:
+        def value(weights: Any) -> Any:
+            def one(key: Any) -> Any:
+                init_key, train_key = jax.random.split(key)
+                batch = {**pool, "weights": weights}
+                return loss(train(net.init(init_key), batch, rates, train_key), outer)
+
+            return jnp.mean(jax.lax.map(one, keys))
+
+        return meta_gradient_scores(value, pool["labels"].shape[0])
+
+    def served(rows: np.ndarray) -> dict[str, Any]:
+        return {"inputs": real.inputs(rows), "labels": real.data.labels[rows]}
+
+    scores = np.zeros(number, np.float32)
+    keys = jax.random.split(jax.random.key(o.seed), o.experts)
+    for pool in pools:
+        others = np.setdiff1d(order, pool) if len(pools) > 1 else pool
+        outer = rng.choice(others, min(_POOL, len(others)), replace=False)
+        scores[pool] = np.asarray(score(served(pool), served(outer), keys))
+    return scores

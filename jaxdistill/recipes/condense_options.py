@@ -1,0 +1,190 @@
+"""The options of ``condense``, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from jaxdistill.dd.unroll import Unroll
+from jaxdistill.errors import UserError
+
+Learned = Literal[
+    "meta-gradient",
+    "gradient-matching",
+    "distribution-matching",
+    "trajectory-matching",
+    "kernel-ridge",
+]
+Selected = Literal["random", "herding", "k-center", "el2n", "meta-gradient-score"]
+Architecture = Literal["linear", "mlp", "deep_mlp", "convnet", "transformer"]
+_PLAIN = ("random", "herding", "k-center", "meta-gradient-score")  # need no labels
+
+_LEAST = {
+    "per_class": 1,
+    "examples": 1,
+    "per_slice": 0,
+    "seq_len": 1,
+    "feature_batch": 1,
+    "width": 1,
+    "inner_steps": 1,
+    "inner_batch": 0,
+    "window": 1,
+    "levels": 0,
+    "steps": 1,
+    "networks": 1,
+    "batch_size": 1,
+    "experts": 1,
+    "expert_steps": 2,
+    "seed": 0,
+    "checkpoint_every": -1,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Condense:
+    """Condense a data set into a few synthetic or selected examples."""
+
+    data: str
+    """Labelled data: rows of {"text", "label"} (.jsonl[.gz], .parquet, a directory, a hub data
+    set), or an .npz file of images or inputs, and labels. With --examples, plain text."""
+    out: Path
+    """Run directory: config, metrics, plots, checkpoints, and the set in set/."""
+    per_class: int | None = None
+    """Examples of each class."""
+    examples: int | None = None
+    """Examples in all, of plain text for language models."""
+    method: Learned | Selected = "meta-gradient"
+    """How: learned (the first five), or real examples selected."""
+    model: str | None = None
+    """Model that reads the texts: an HF directory, a .gguf file, a run directory or a hub name."""
+    level: Literal["features", "embeddings"] = "features"
+    """What an example of text is: the model's mean-pooled hidden states, or its input
+    embeddings."""
+    seq_len: int = 64
+    """Tokens of a text that are read."""
+    feature_batch: int = 16
+    """Texts that the model reads at once."""
+    feature_cache: Path | None = None
+    """Where the features of texts are kept for later runs; by default --out."""
+    architecture: Architecture | None = None
+    """Network that is trained on the set; by default mlp, convnet for images, transformer for
+    embeddings."""
+    width: int = 256
+    """Width of its hidden layers."""
+    start: Literal["real", "noise"] = "real"
+    """What learned examples start from."""
+    soft_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Learn the labels too, as probabilities."""
+    learn_rates: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Learn the inner learning rates: one a step (trajectory-matching: one)."""
+    inner_steps: int = 20
+    """Steps that a network is trained on the set (gradient-matching: at most)."""
+    inner_optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """How it is trained."""
+    inner_rate: float = 0.05
+    """Its learning rate, or the first one with --learn-rates."""
+    inner_batch: int = 0
+    """Examples of the set a step; 0 for all."""
+    window: int | None = None
+    """Steps that are differentiated; by default all."""
+    random_window: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Put the window at a random place (RaT-BPTT) instead of the end."""
+    levels: int = 2
+    """Levels of checkpoints through the inner steps: more need less memory and more time."""
+    memory_budget: int | None = None
+    """Megabytes for those checkpoints; chooses the levels itself."""
+    steps: int = 400
+    """Updates of the set."""
+    lr: float = 0.02
+    """Learning rate of those updates, Adam with a cosine decay."""
+    networks: int = 1
+    """Fresh networks that an update is the mean of."""
+    batch_size: int = 256
+    """Real examples an update."""
+    experts: int = 4
+    """Networks trained on the real data, whose trajectories are matched or who score examples."""
+    expert_steps: int = 100
+    """Steps that they are trained."""
+    per_slice: int = 0
+    """Examples of each slice at least, within the whole."""
+    slice: tuple[str, ...] = ()
+    """Named rare slices: a column of the data, or NAME=REGEX over the text."""
+    seed: int = 0
+    """Of everything random."""
+    checkpoint_every: int = 0
+    """Updates between checkpoints; 0 for four in a run, -1 for none."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the run in --out from its last checkpoint."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object as the last line."""
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            given = getattr(self, name)
+            if given is not None and given < least:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {given} given; accepted: {least} or more")
+        for name in ("lr", "inner_rate"):
+            given = getattr(self, name)
+            if not 0 < given < math.inf:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {given} given; accepted: above 0, and finite")
+        if (self.per_class is None) == (self.examples is None):
+            raise UserError(
+                "give either --per-class N, of labelled data, or --examples N, of plain text"
+            )
+        if self.examples is not None and self.method not in _PLAIN:
+            raise UserError(
+                f"--method {self.method} given for plain text; accepted: {', '.join(_PLAIN)}; "
+                "choose one, or give labelled data and --per-class"
+            )
+        if bool(self.slice) != bool(self.per_slice):
+            raise UserError("--slice and --per-slice belong together; give both, or neither")
+        for name in ("soft_labels", "learn_rates"):
+            if getattr(self, name) and not self.learns:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--{flag} given with --method {self.method}, which learns nothing; leave it "
+                    f"out, or choose one of {', '.join(get_args(Learned))}"
+                )
+        if self.learn_rates and self.method not in ("meta-gradient", "trajectory-matching"):
+            raise UserError(
+                f"--learn-rates given with --method {self.method}, which has no inner rates; "
+                "accepted: meta-gradient, trajectory-matching; leave it out"
+            )
+        if self.random_window and self.window is None:
+            raise UserError("--random-window given without --window; give its length")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise UserError(f"--memory-budget {self.memory_budget} given; accepted: 1 or more")
+        _ = self.unroll
+
+    @property
+    def learns(self) -> bool:
+        """Return whether the method learns examples; else it selects real ones."""
+        return self.method in get_args(Learned)
+
+    @property
+    def unroll(self) -> Unroll:
+        """Return how the inner training is differentiated."""
+        budget = self.memory_budget
+        return Unroll(
+            steps=self.inner_steps,
+            window=self.window,
+            placement="random" if self.random_window else "end",
+            levels=self.levels,
+            memory_budget=None if budget is None else budget * 2**20,
+        )
+
+
+def condense_identity(o: Condense) -> dict[str, Any]:
+    """Return the options that make a run what it is; a resumed run must have the same."""
+    kept = {
+        k: v
+        for k, v in dataclasses.asdict(o).items()
+        if k not in ("out", "resume", "json", "feature_cache", "checkpoint_every")
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}

@@ -1,0 +1,165 @@
+"""What a condensing run says of itself: what was learned, README, pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from jaxdistill.dd.stored_set import StoredSet
+from jaxdistill.dd.synthetic import Synthetic
+from jaxdistill.dd.text import nearest_examples, nearest_tokens
+from jaxdistill.evals.features import embedding_table
+from jaxdistill.recipes.condense_data import Real
+from jaxdistill.recipes.condense_options import Condense
+from jaxdistill.report.condense_plots import examples_table, plot_condense, plot_images
+from jaxdistill.train.run_directory import RunDirectory, read_metrics, write_json
+
+
+def nearest_texts(
+    o: Condense, real: Real, synthetic: Synthetic, rows: np.ndarray
+) -> tuple[str, ...] | None:
+    """Return a text for each example: itself, or the nearest real one, or its nearest tokens."""
+    texts, model = real.data.texts, real.model
+    if texts is None or model is None:
+        return None
+    if not o.learns:
+        return tuple(texts[i] for i in rows)
+    inputs = np.asarray(synthetic.learned["inputs"])
+    if real.level == "features":
+        labels = np.asarray(synthetic.fixed["labels"])
+        near = nearest_examples(inputs, real.features, real.data.labels, labels)
+        return tuple(texts[i] for i in near)
+    ids = np.asarray(nearest_tokens(jnp.asarray(inputs), jnp.asarray(embedding_table(model))))
+    shown = np.abs(inputs).max(axis=-1) > 0  # zeros are padding
+    decode = model.text_tokenizer().decode
+    return tuple(
+        str(decode(row[mask].tolist(), skip_special_tokens=True))
+        for row, mask in zip(ids, shown, strict=True)
+    )
+
+
+def report_set(
+    run: RunDirectory, stored: StoredSet, real: Real | None, seconds: float, console: Console
+) -> dict[str, Any]:
+    """Write ``results.json``, the pictures and the run's README; return the results."""
+    rows = read_metrics(run.path)
+    result: dict[str, Any] = {
+        "method": stored.method,
+        "level": stored.level,
+        "examples": stored.synthetic.size,
+        "classes": len(stored.classes),
+        "slices": {name: len(members) for name, members in stored.slices.items()},
+        "set": str(run.path / "set"),
+        "seconds": seconds,
+    }
+    if rows:
+        part = max(1, len(rows) // 10)
+        losses = [row["loss"] for row in rows]
+        result["first_loss"] = float(np.mean(losses[:part]))
+        result["last_loss"] = float(np.mean(losses[-part:]))
+        plot_condense(run.path / "plots", rows)
+    write_json(run.path / "results.json", result)
+    if stored.level == "images" and real is not None:
+        plots = run.path / "plots"
+        plots.mkdir(exist_ok=True)
+        plot_images(plots / "set.png", _pixels(stored, real), _titles(stored))
+    table = _table(stored)
+    (run.path / "README.md").write_text(_readme(run, stored, result, table))
+    run.close()
+    console.print(
+        f"{result['examples']} examples by {stored.method} in {seconds:,.0f} s: {result['set']}"
+    )
+    return result
+
+
+def _pixels(stored: StoredSet, real: Real) -> np.ndarray:
+    """Return a set's images with the mean and deviation they were read with put back."""
+    mean, deviation = (np.asarray(real.reading[name]) for name in ("mean", "deviation"))
+    return np.asarray(stored.synthetic.learned["inputs"]) * deviation + mean
+
+
+def _labels(stored: StoredSet) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return hard labels ``[M]``, and soft ones ``[M, C]`` where the set has them."""
+    batch = stored.synthetic.batch()
+    labels = np.asarray(batch["labels"])
+    if "label_logits" not in batch:
+        return labels, None
+    logits = np.asarray(batch["label_logits"], np.float64)
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return labels, shares / shares.sum(axis=1, keepdims=True)
+
+
+def _titles(stored: StoredSet) -> list[str]:
+    return [stored.classes[label] for label in _labels(stored)[0]]
+
+
+def _table(stored: StoredSet) -> str:
+    """Return the examples as Markdown: class, soft label, slices, the nearest or the real text."""
+    if not stored.classes:
+        return "\n".join(f"- {' '.join(text.split())[:200]}" for text in stored.texts or ()) + "\n"
+    labels, soft = _labels(stored)
+    columns: dict[str, list[str]] = {}
+    if stored.slices:
+        members = stored.slices.items()
+        columns["slices"] = [
+            ", ".join(name for name, rows in members if i in rows) for i in range(len(labels))
+        ]
+    if stored.texts is not None:
+        columns["text"] = list(stored.texts)
+    return examples_table(stored.classes, labels.tolist(), columns, soft)
+
+
+_WHAT = {
+    "features": "the nearest real text of each learned example stands beside it",
+    "embeddings": "the tokens nearest to each learned embedding stand beside it",
+}
+
+
+def _readme(run: RunDirectory, stored: StoredSet, result: dict[str, Any], table: str) -> str:
+    learned = "last_loss" in result
+    lines = [
+        f"# A jaxdistill run: {stored.synthetic.size} examples by {stored.method}\n",
+        f"Level: {stored.level}"
+        + (f"; {_WHAT[stored.level]}.\n" if learned and stored.texts is not None else ".\n"),
+        table,
+        "| file | what it is |\n| --- | --- |\n"
+        "| set/ | the set: arrays (safetensors), and a data file for other programs |\n"
+        "| config.json | every option, and the versions it ran on |\n"
+        "| results.json | numbers of the run |\n"
+        + (
+            "| metrics.jsonl, tensorboard/ | every update's loss |\n"
+            "| plots/ | the loss, and images where the set has them |\n"
+            "| checkpoints/ | states, for `--resume` |\n"
+            if learned
+            else ""
+        ),
+    ]
+    if stored.classes:
+        lines.append(f"Judge it: `jaxdistill evaluate-set --set {run.path} --test DATA`.\n")
+    else:
+        lines.append("Use it: `--data DIR/set` of `jaxdistill distill` and `quantize`.\n")
+    return "\n".join(lines)
+
+
+def settings_of(
+    o: Condense, reading: dict[str, Any], fingerprint: str, rows: np.ndarray
+) -> dict[str, Any]:
+    """Return what must be known to train with the set, and where it came from."""
+    inner = {
+        "inner_steps": o.inner_steps,
+        "inner_optimizer": o.inner_optimizer,
+        "inner_rate": o.inner_rate,
+        "inner_batch": o.inner_batch,
+    }
+    return {
+        "reading": reading,
+        "data": str(Path(o.data).absolute()) if Path(o.data).exists() else o.data,
+        "data_fingerprint": fingerprint,
+        "rows": rows.tolist(),
+        "slices": list(o.slice),
+        "seed": o.seed,
+        **(inner if o.method in ("meta-gradient", "trajectory-matching") else {}),
+    }
