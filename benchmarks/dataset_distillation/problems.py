@@ -61,7 +61,7 @@ def problem(name: str) -> Problem:
         (_digits if name == "digits" else _features)(name, files)
     if name == "digits":
         return Problem(*files, (1, 10), ("mlp", "convnet"))
-    return Problem(*files, (1, 5, 20), ("mlp", "linear"))
+    return Problem(*files, (5, 1, 20), ("mlp", "linear"))
 
 
 def _digits(name: str, files: list[Path]) -> None:

@@ -31,7 +31,7 @@ from jaxdistill.models.classifiers import make_classifier
 from jaxdistill.recipes.condense import condense
 from jaxdistill.recipes.condense_data import read_real
 from jaxdistill.recipes.condense_options import Condense
-from jaxdistill.train.labelled import load_labelled
+from jaxdistill.train.labelled import held_out_rows, load_labelled
 
 CELLS = Path(__file__).parent / "results" / "cells.jsonl"
 SEEDS = (0, 1, 2)
@@ -56,12 +56,10 @@ class Judge:
         self.real = read_real(train, level="features")
         self.labels = train.labels
         self.inputs = jnp.asarray(self.real.all_inputs())
-        self._test = (
-            test.labels,
-            read_real(test, level="features", reading=self.real.reading).all_inputs(),
-        )
-        held = np.random.default_rng(0).permutation(len(train))[: min(len(train) // 10, 500)]
-        self.rest = np.setdiff1d(np.arange(len(train)), held)
+        seen = read_real(test, level="features", reading=self.real.reading).all_inputs()
+        slices = {name: np.asarray(mask, bool) for name, mask in test.columns.items()}
+        self._test = test.labels, seen, slices
+        self.rest, held = held_out_rows(train.labels)
         self._held = self.batch(held)
         shape, classes = self.real.shape, len(train.classes)
         nets = [
@@ -74,7 +72,7 @@ class Judge:
         return {"inputs": self.inputs[rows], "labels": jnp.asarray(self.labels[rows])}
 
     def report(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return, for each kind of network, its test accuracies and its recall of each slice."""
+        """Return, for each kind of network, its test accuracies and on each slice."""
         labels, inputs, slices = self._test
         found = {
             name: judge(batch, self._held, inputs, shared=True).report(labels, slices)

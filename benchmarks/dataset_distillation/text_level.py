@@ -33,6 +33,7 @@ from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import load_model
 from jaxdistill.recipes.condense import condense
 from jaxdistill.recipes.condense_options import Condense
+from jaxdistill.train.labelled import held_out_rows
 
 OUT = Path(__file__).parent / "results" / "text_level.json"
 LENGTH, PER_CLASS, WIDTH, SEEDS, WRITTEN = 24, 5, 64, (0, 1, 2), 32
@@ -52,8 +53,7 @@ def main() -> None:
     train_ids, train_lengths = token_ids(model, train.texts, LENGTH)
     test_ids, test_lengths = token_ids(model, test.texts, LENGTH)
     seen = embed(table * scale, test_ids, test_lengths)
-    order = np.random.default_rng(0).permutation(len(train))
-    held, rest = order[:400], order[400:]
+    rest, held = held_out_rows(train.labels)
 
     def inputs_of(ids: Any, lengths: Any) -> jax.Array:
         return jnp.asarray(embed(table * scale, np.asarray(ids), np.asarray(lengths)))

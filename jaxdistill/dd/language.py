@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxdistill.dd.mixed_mode import LossFn
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.unroll import Unroll, make_unroll
+from jaxdistill.errors import UserError
 from jaxdistill.kd.objective import Batch, Objective
 from jaxdistill.models.decoder import ApplyFn
 
@@ -28,6 +29,11 @@ def objective_loss(objective: Objective) -> LossFn:
 
     def loss(params: Any, data: Any) -> Array:
         batch = {name: x for name, x in data.items() if name not in ("teacher", "token_logits")}
+        if "token_logits" in data and "teacher" in data:
+            raise UserError(
+                "token distributions are read through the student's table, and a live teacher has "
+                "its own; give the teacher's labels instead: with_teacher_labels"
+            )
         if "token_logits" in data:
             probs = jax.nn.softmax(data["token_logits"], axis=-1)
             batch["embeddings"] = probs @ params["embed_tokens"]["embedding"]
@@ -85,6 +91,9 @@ def with_teacher_labels(
     """Return the set with what a teacher says of its rows as fixed soft labels ``[M, T, V]``."""
     rows = synthetic.batch()
     read = rows["embeddings"] if "embeddings" in rows else rows["tokens"]
+    if "token_logits" in rows:
+        probs = jax.nn.softmax(rows["token_logits"], axis=-1)
+        read = probs @ teacher_params["embed_tokens"]["embedding"]
     out = teacher(teacher_params, read, rows.get("positions"), rows.get("segment_ids"))
     logits = out.logits()[..., :vocab_size]
     learned = {k: x for k, x in synthetic.learned.items() if k != "teacher_logits"}

@@ -163,8 +163,8 @@ def save_set(directory: str | os.PathLike[str], stored: StoredSet) -> Path:
             target.rename(old)
         try:
             part.rename(target)
-        except OSError:
-            if old.exists():
+        except BaseException:  # an interruption too must not cost the set that was there
+            if old.exists() and not target.exists():
                 old.rename(target)
             raise
     except OSError as e:

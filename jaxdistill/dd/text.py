@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
+from jaxdistill.dd.selection import k_center
 from jaxdistill.errors import UserError
 from jaxdistill.models.generate import Sampling, generate
 from jaxdistill.models.hub import Model
@@ -210,16 +211,5 @@ def filter_generated(
                 f"{len(kept)} of these are no duplicates; accepted: at least {per_class}; generate "
                 "more or lower the threshold"
             )
-        chosen.append(np.asarray(kept)[np.asarray((pick or _k_center)(units[kept], per_class))])
+        chosen.append(np.asarray(kept)[np.asarray((pick or k_center)(units[kept], per_class))])
     return np.concatenate(chosen).astype(np.int32)
-
-
-def _k_center(points: np.ndarray, count: int) -> np.ndarray:
-    """Pick the point nearest to the mean, then always the one farthest from those picked."""
-    picked = [int(np.argmin(np.linalg.norm(points - points.mean(axis=0), axis=1)))]
-    far = np.full(len(points), np.inf)
-    while len(picked) < count:
-        far = np.minimum(far, np.linalg.norm(points - points[picked[-1]], axis=1))
-        far[picked] = -1.0  # of equal points each once
-        picked.append(int(np.argmax(far)))
-    return np.asarray(picked)

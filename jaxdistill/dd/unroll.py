@@ -76,10 +76,15 @@ def make_unroll(
         how: steps, window, memory.
         inner_batch: rows of a step, drawn anew in every epoch; None for the whole set.
 
+    Raises:
+        UserError: an ``inner_batch`` below 1.
+
     Returns:
         the function. ``batch`` is a dict of arrays ``[M, ...]``, ``rates`` is ``[K]``; ``key``
         serves the random window and the order of the rows.
     """
+    if inner_batch is not None and inner_batch < 1:
+        raise UserError(f"an inner batch of {inner_batch} given; accepted: 1 or more, or None")
     of_params = gradient(loss, mixed_mode=how.mixed_mode)
     window = how.window or how.steps
 
@@ -87,14 +92,16 @@ def make_unroll(
         window_key, order_key = jax.random.split(key)
         rows = None
         if inner_batch is not None:
-            size = jax.tree.leaves(batch)[0].shape[0]
+            size = next(iter(_examples(batch).values())).shape[0]
             rows = _orders(order_key, size, min(inner_batch, size), how.steps)
 
         def step(state: tuple[Any, Any], k: Array, batch: Any, rates: Array) -> tuple[Any, Any]:
             params, opt_state = state
             picked = batch
             if rows is not None:
-                picked = jax.tree.map(lambda x: jnp.take(x, rows[k], axis=0), batch)
+                arrays = _examples(batch)
+                own = {name: jnp.take(x, rows[k], axis=0) for name, x in arrays.items()}
+                picked = {**batch, **own}
             found = of_params(params, picked)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
                 updates, opt_state = tx.update(found, opt_state, params)
@@ -118,6 +125,11 @@ def make_unroll(
         return checkpointed_scan(lambda s, k: step(s, k, batch, rates), state, ks, levels=levels)[0]
 
     return train
+
+
+def _examples(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a batch has a row for each example: all but a teacher's params."""
+    return {name: x for name, x in batch.items() if name != "teacher"}
 
 
 def _orders(key: Array, size: int, batch: int, steps: int) -> Array:

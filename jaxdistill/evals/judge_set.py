@@ -18,6 +18,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.classifiers import Classifier
 
 Batch = dict[str, Any]
+_FRESH = 0x5E7
 _CHUNK = 512  # rows that all networks read at once
 
 
@@ -51,8 +52,8 @@ class Trainer:
         return sorted({max(1, round(share * self.steps)) for share in (0.03, 0.1, 0.3, 1)})
 
     def keys(self, seed: int) -> jax.Array:
-        """Return a key for each network."""
-        return jax.random.split(jax.random.key(seed), self.seeds)
+        """Return a key for each network; none that any condensing began a network with."""
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), _FRESH), self.seeds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,18 +67,18 @@ class Judged:
     def report(
         self, labels: Int[np.ndarray, "N"], slices: Mapping[str, Bool[np.ndarray, "N"]]
     ) -> dict[str, Any]:
-        """Return accuracies, their mean and deviation over seeds, and each slice's mean recall."""
+        """Return accuracies, their mean and deviation over seeds, and those on each slice."""
         right = self.predictions == labels[None]
         each = right.mean(axis=1)
         spread = float(each.std(ddof=1)) if len(each) > 1 else 0.0
-        recalls = {name: right[:, mask] for name, mask in slices.items() if mask.any()}
+        on_slices = {name: right[:, mask] for name, mask in slices.items() if mask.any()}
         return {
             "mean": float(each.mean()),
             "std": spread,
             "accuracies": each.tolist(),
             "rate": self.rate,
             "steps": self.steps,
-            "slices": {name: float(part.mean()) for name, part in recalls.items()},
+            "slices": {name: float(part.mean()) for name, part in on_slices.items()},
         }
 
 
@@ -165,7 +166,11 @@ def _predictor(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
 
 
 def judge_own(
-    classifier: Classifier, train: Callable[[Any, Any], Any], trainer: Trainer, test_inputs: Any
+    classifier: Classifier,
+    train: Callable[[Any, Any], Any],
+    trainer: Trainer,
+    test_inputs: Any,
+    seed: int = 0,
 ) -> np.ndarray:
     """Return predictions ``[S, N]`` of networks trained by ``train(params, key) -> params``."""
 
@@ -173,5 +178,5 @@ def judge_own(
         init_key, train_key = jax.random.split(key)
         return train(classifier.init(init_key), train_key)
 
-    params = jax.jit(jax.vmap(one))(trainer.keys(0))
+    params = jax.jit(jax.vmap(one))(trainer.keys(seed))
     return _predictor(classifier)(params, test_inputs)

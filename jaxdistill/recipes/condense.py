@@ -32,7 +32,7 @@ from jaxdistill.recipes.condense_methods import (
 from jaxdistill.recipes.condense_options import Condense, condense_identity
 from jaxdistill.recipes.condense_report import nearest_texts, report_set, settings_of
 from jaxdistill.recipes.condense_texts import quotas_of, select_texts
-from jaxdistill.train.labelled import load_labelled, slices_of
+from jaxdistill.train.labelled import held_out_rows, load_labelled, slices_of
 from jaxdistill.train.loop import train
 from jaxdistill.train.run_directory import RunDirectory
 
@@ -61,7 +61,9 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
 
     # Data; everything that can be wrong with the input is found before writing.
     assert o.per_class is not None  # one of the two, says Condense
-    data = load_labelled(o.data)
+    whole = load_labelled(o.data)
+    learned_from, _ = held_out_rows(whole.labels)  # the rest is for who judges the set
+    data = whole.take(learned_from)
     check_real(data, o.model, o.level)
     slices = slices_of(data, o.slice)
     groups, quotas = quotas_of(data, slices, o.per_class, o.per_slice)
@@ -71,14 +73,14 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
         classifier_of(o, read_real(data, level=o.level))
     run = RunDirectory(o.out, condense_identity(o), resume=o.resume)
     real = read_real(
-        data,
+        whole,
         level=o.level,
         model=model,
         seq_len=o.seq_len,
         batch_size=o.feature_batch,
         cache=o.feature_cache or o.out,
         console=console,
-    )
+    ).take(learned_from)
     net = classifier_of(o, real)
 
     # The set: selected, or learned from a start.
@@ -99,7 +101,7 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
         method=o.method,
         classes=data.classes,
         texts=nearest_texts(o, real, synthetic, rows),
-        settings=settings_of(o, real.reading, data.fingerprint(), rows)
+        settings=settings_of(o, real.reading, whole.fingerprint(), learned_from[rows])
         | {"architecture": net.name, "width": o.width},
         slices={name: np.flatnonzero(mask[rows]).tolist() for name, mask in slices.items()},
     )
@@ -133,7 +135,6 @@ def _learn(
         fingerprint=real.data.fingerprint(),
         resume=o.resume,
         checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
-        looked_at=lambda state: state.synthetic,
         console=console,
         name="condense",
     )

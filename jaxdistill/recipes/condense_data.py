@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 from rich.console import Console
 
 from jaxdistill.dd.stored_set import Level
@@ -47,6 +47,15 @@ class Real:
     def shape(self) -> tuple[int, ...]:
         """Return the shape of one example."""
         return self.inputs(np.zeros(1, np.int64)).shape[1:]
+
+    def take(self, rows: Int[np.ndarray, "n"]) -> Real:
+        """Return some of the examples."""
+        return dataclasses.replace(
+            self,
+            data=self.data.take(rows),
+            inputs=lambda some: self.inputs(rows[some]),
+            features=self.features[rows],
+        )
 
     def all_inputs(self) -> Float32[np.ndarray, "N ..."]:
         """Return every example."""

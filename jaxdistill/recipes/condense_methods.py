@@ -31,6 +31,7 @@ from jaxdistill.recipes.condense_data import Real, RealBatches
 from jaxdistill.recipes.condense_options import Condense
 
 _POOL = 1024  # examples that are weighed in one unrolled training
+_EXPERTS = 1
 _POINTS = 20  # that are kept of an expert's trajectory
 
 
@@ -61,13 +62,9 @@ def first_set(o: Condense, real: Real, rows: Int[np.ndarray, "M"]) -> Synthetic:
     return Synthetic(learned=learned, fixed={"labels": jnp.asarray(labels)})
 
 
-def _inner(name: str) -> optax.GradientTransformation:
-    return inner_optimizer(name)
-
-
 def meta_loss_of(o: Condense, net: Classifier, classes: int) -> MetaLoss:
     """Return what each update makes less."""
-    loss, tx = classification_loss(net.apply), _inner(o.inner_optimizer)
+    loss, tx = classification_loss(net.apply), inner_optimizer(o.inner_optimizer)
     match o.method:
         case "meta-gradient":
             return meta_gradient(
@@ -149,6 +146,7 @@ class _ExpertBatches:
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Return the stretch of step i: ``start`` and ``end``."""
         key = jax.random.fold_in(jax.random.key(self._seed), i)
+        key = jax.random.fold_in(key, _EXPERTS)  # not the key of the update itself
         expert_key, place_key = jax.random.split(key)
         expert = jax.random.randint(expert_key, (), 0, self._experts, jnp.int32)
         return self._segment(self._points, expert, place_key)
@@ -157,7 +155,7 @@ class _ExpertBatches:
 def draw_weights(
     groups: np.ndarray, quotas: dict[Any, int], slices: dict[str, Any]
 ) -> np.ndarray | None:
-    """Return how often each example is drawn, so that batches have each group in its quota's share.
+    """Return how often each example is drawn: half as often as it is, half by its group's quota.
 
     Without named slices None: every example as often as another.
     """
@@ -167,7 +165,8 @@ def draw_weights(
     for group, quota in quotas.items():
         rows = groups == group
         weights[rows] = quota / rows.sum()
-    return weights
+    # A group without a quota of its own is real all the same.
+    return (weights / weights.sum() + 1 / len(groups)) / 2
 
 
 def selected(
@@ -213,7 +212,7 @@ def _meta_gradient_scores(o: Condense, real: Real, net: Classifier) -> Float[np.
     pools = np.array_split(order, -(-number // _POOL))
     loss = classification_loss(net.apply)
     train = make_unroll(
-        loss, _inner(o.inner_optimizer), o.unroll, inner_batch=o.inner_batch or None
+        loss, inner_optimizer(o.inner_optimizer), o.unroll, inner_batch=o.inner_batch or None
     )
     rates = jnp.full((o.inner_steps,), o.inner_rate, jnp.float32)
 

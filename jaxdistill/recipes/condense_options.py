@@ -23,6 +23,30 @@ Selected = Literal["random", "herding", "k-center", "el2n", "meta-gradient-score
 Architecture = Literal["linear", "mlp", "deep_mlp", "convnet", "transformer"]
 _PLAIN = ("random", "herding", "k-center", "meta-gradient-score")  # need no labels
 
+_UNROLLED = ("meta-gradient", "trajectory-matching", "meta-gradient-score")
+# Options that only some methods have a use for.
+_USED_BY: dict[str, tuple[str, ...]] = {
+    "start": get_args(Learned),
+    "soft_labels": get_args(Learned),
+    "steps": get_args(Learned),
+    "lr": get_args(Learned),
+    "networks": get_args(Learned),
+    "learn_rates": ("meta-gradient", "trajectory-matching"),
+    "inner_steps": (*_UNROLLED, "gradient-matching"),
+    "inner_rate": (*_UNROLLED, "gradient-matching"),
+    **dict.fromkeys(
+        ("inner_optimizer", "inner_batch", "window", "random_window", "levels", "memory_budget"),
+        _UNROLLED,
+    ),
+    "experts": ("trajectory-matching", "el2n", "meta-gradient-score"),
+    "expert_steps": ("trajectory-matching", "el2n"),
+    "slice": tuple(
+        method
+        for method in (*get_args(Learned), *get_args(Selected))
+        if method != "trajectory-matching"  # experts see the data as they are
+    ),
+}
+
 _LEAST = {
     "per_class": 1,
     "examples": 1,
@@ -144,23 +168,25 @@ class Condense:
             )
         if bool(self.slice) != bool(self.per_slice):
             raise UserError("--slice and --per-slice belong together; give both, or neither")
-        for name in ("soft_labels", "learn_rates"):
-            if getattr(self, name) and not self.learns:
-                flag = name.replace("_", "-")
-                raise UserError(
-                    f"--{flag} given with --method {self.method}, which learns nothing; leave it "
-                    f"out, or choose one of {', '.join(get_args(Learned))}"
-                )
-        if self.learn_rates and self.method not in ("meta-gradient", "trajectory-matching"):
-            raise UserError(
-                f"--learn-rates given with --method {self.method}, which has no inner rates; "
-                "accepted: meta-gradient, trajectory-matching; leave it out"
-            )
+        self._check_effects()
         if self.random_window and self.window is None:
             raise UserError("--random-window given without --window; give its length")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise UserError(f"--memory-budget {self.memory_budget} given; accepted: 1 or more")
         _ = self.unroll
+
+    def _check_effects(self) -> None:
+        """Raise ``UserError`` on an option that the method has no use for."""
+        own = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, methods in _USED_BY.items():
+            if getattr(self, name) != own[name] and self.method not in methods:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--{flag} given with --method {self.method}, which has no use for it; "
+                    f"accepted with {', '.join(methods)}; leave it out"
+                )
+        if self.slice and self.start == "noise":
+            raise UserError("--slice given with --start noise, which belongs to no slice; drop one")
 
     @property
     def learns(self) -> bool:

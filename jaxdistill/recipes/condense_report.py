@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def report_set(
         result["last_loss"] = float(np.mean(losses[-part:]))
         plot_condense(run.path / "plots", rows)
     write_json(run.path / "results.json", result)
-    if stored.level == "images" and real is not None:
+    if stored.level == "images" and real is not None and (*real.shape, 1)[2] in (1, 3):
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
         plot_images(plots / "set.png", _pixels(stored, real), _titles(stored))

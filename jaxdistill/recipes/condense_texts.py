@@ -103,6 +103,8 @@ def text_scores(
     rng = np.random.default_rng(o.seed)
     examples = encode_rows([{"text": text} for text in texts], model.text_tokenizer())
     rows = np.asarray([i for i, e in enumerate(examples) if len(e.tokens) >= 2])
+    if not len(rows):
+        raise UserError(f"data {o.data!r} has no text of two tokens or more; give longer texts")
     packed = no_packing([examples[i] for i in rows], o.seq_len)
     objective = kd_objective(model.apply_fn(remat=True), None, "ce", fused=False)
     loss = objective_loss(objective)
@@ -114,21 +116,22 @@ def text_scores(
         rate=o.inner_rate,
         inner_batch=o.inner_batch or None,
     )
-    params = jax.tree.map(jnp.asarray, model.params)
+    every, params = packed[:], jax.tree.map(jnp.asarray, model.params)
     order = rng.permutation(len(packed))
     size = min(o.batch_size, len(packed))
     scores = np.full(len(texts), -np.inf)
     with item_progress(console) as progress:
         task = progress.add_task("meta-gradient score", total=len(packed))
         for at in range(0, len(packed), size):
-            pool = order[at : at + size]
+            own = order[at : at + size]
             # The last pool is filled up with texts of the first: one shape.
-            pool = np.concatenate([pool, order[: size - len(pool)]])
+            pool = np.concatenate([own, order[: size - len(own)]])
             others = np.setdiff1d(order, pool)
             others = others if len(others) else pool
             outer = rng.choice(others, min(_OUTER, len(others)), replace=len(others) < _OUTER)
             key = jax.random.fold_in(jax.random.key(o.seed), at)
-            found = score(params, packed[pool], packed[outer], key)
-            scores[rows[pool]] = np.asarray(found)
-            progress.advance(task, min(size, len(packed) - at))
+            inner, judged = ({k: x[some] for k, x in every.items()} for some in (pool, outer))
+            found = score(params, inner, judged, key)
+            scores[rows[own]] = np.asarray(found)[: len(own)]
+            progress.advance(task, len(own))
     return scores

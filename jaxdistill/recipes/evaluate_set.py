@@ -24,7 +24,7 @@ from jaxdistill.models.classifiers import NAMES, Classifier, make_classifier
 from jaxdistill.recipes.condense_data import Real, model_of, read_real
 from jaxdistill.report.condense_plots import plot_comparison
 from jaxdistill.report.progress import item_progress
-from jaxdistill.train.labelled import Labelled, load_labelled, slices_of
+from jaxdistill.train.labelled import Labelled, held_out_rows, load_labelled, slices_of
 from jaxdistill.train.run_directory import write_json
 
 _BASELINES = ("full", *(name for name in PICKS if name != "score"))
@@ -33,7 +33,6 @@ _USUAL = {
     "images": "linear,mlp,convnet",
     "embeddings": "transformer",
 }
-_MOST_HELD = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +74,9 @@ class EvaluateSet:
 
     def __post_init__(self) -> None:
         _ = self.trainer, self.beside
+        kinds = (self.architectures or "").split(",")
+        if len(set(kinds)) < len(kinds):
+            raise UserError(f"--architectures {self.architectures} given; accepted: each once")
         for name, least in (("width", 1), ("feature_batch", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
@@ -113,12 +115,12 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
         ``set`` (its method, level and size) and ``results``, a row for each training set and
         architecture: ``name``, ``architecture``, ``examples``, ``mean`` and ``std`` of the accuracy
         over the seeds, ``accuracies``, ``retention`` (the share of full data's mean; None without),
-        ``rate``, ``steps``, and ``slices``, each named slice's recall. Training sets are the set; a
-        learned set's texts in its place (``set, as text``); the set with the training it was made
-        for (``set, own training``); ``full``; and the selections.
+        ``rate``, ``steps``, and ``slices``, the accuracy on each named slice. Training sets are the
+        set; a learned set's texts in its place (``set, as text``); the set with the training it was
+        made for (``set, own training``); ``full``; and the selections.
 
     Raises:
-        UserError: any input is wrong; nothing is written then.
+        UserError: any input is wrong; no results are written then.
     """
     console = console or Console(stderr=True)
     run, directory = _where(o.set)
@@ -159,6 +161,12 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
             f"{'texts' if model else 'arrays'}; give data of the same kind"
         )
     out = o.out or run / "evaluation"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"{out} cannot be written ({e.strerror or e}); choose another --out"
+        ) from None
     cache = o.feature_cache or (run if (run / "config.json").is_file() else out)
 
     def read(data: Labelled) -> Real:
@@ -175,7 +183,8 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
     test, real = read(test_data), read(train_data)
     slices = slices_of(test_data, stored.settings.get("slices", ()), required=False)
     sets = dict(_sets(o, stored, real, read))
-    rest, held = _split(train_data.labels, o.seed)
+    rest, held = held_out_rows(train_data.labels)
+    held = held if len(held) else rest  # classes too small to hold any out
     held_batch = _batch(real, held)
     test_inputs = test.all_inputs()
     rows: list[dict[str, Any]] = []
@@ -197,7 +206,7 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
                 rows.append(_row(name, net, examples, judged, test_data, slices))
                 progress.advance(task)
             if own:
-                judged = _judge_own(own, stored, net, o.trainer, test_inputs)
+                judged = _judge_own(own, stored, net, o.trainer, test_inputs, o.seed)
                 size = stored.synthetic.size
                 rows.append(_row("set, own training", net, size, judged, test_data, slices))
                 progress.advance(task)
@@ -207,7 +216,6 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
         row["retention"] = row["mean"] / full if full else None
     about = {"method": stored.method, "level": stored.level, "examples": stored.synthetic.size}
     result = {"set": about, "results": rows}
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", result)
     drawn = [row | ({"name": "full data"} if row["name"] == "full" else {}) for row in rows]
     plot_comparison(out / "comparison.png", drawn)
@@ -218,18 +226,6 @@ def _where(given: Path) -> tuple[Path, Path]:
     """Return (the directory that holds the set's, the set's own)."""
     inside = given / "set"
     return (given, inside) if inside.is_dir() else (given.absolute().parent, given)
-
-
-def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (training, held-out) rows: a tenth of each class, at most 1000 in all."""
-    rng = np.random.default_rng(seed)
-    share = min(0.1, _MOST_HELD / len(labels))
-    held = []
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        held.append(rows[: max(1, round(share * len(rows)))])
-    chosen = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
 def _batch(real: Real, rows: np.ndarray) -> dict[str, Any]:
@@ -255,7 +251,7 @@ def _sets(
         inputs = jnp.asarray(read(as_text).all_inputs())
         yield "set, as text", (each(own | {"inputs": inputs}), size)
     counts = {int(c): int(n) for c, n in zip(*np.unique(labels, return_counts=True), strict=True)}
-    rest, _ = _split(real.data.labels, o.seed)
+    rest, _ = held_out_rows(real.data.labels)
     for name in o.beside:
         if name == "full":
             yield name, (_batch(real, np.arange(len(real.data))), len(real.data))
@@ -276,12 +272,18 @@ def _is_learned(stored: StoredSet) -> bool:
 
 def _own_training(stored: StoredSet) -> dict[str, Any] | None:
     """Return the training that a set was made for; None where it was made for any."""
-    found = {k: v for k, v in stored.settings.items() if k.startswith("inner_")}
-    return found or None
+    if stored.method != "meta-gradient":  # the others match what is not a training from the start
+        return None
+    return {k: v for k, v in stored.settings.items() if k.startswith("inner_")}
 
 
 def _judge_own(
-    own: dict[str, Any], stored: StoredSet, net: Classifier, trainer: Trainer, test_inputs: Any
+    own: dict[str, Any],
+    stored: StoredSet,
+    net: Classifier,
+    trainer: Trainer,
+    test_inputs: Any,
+    seed: int,
 ) -> Judged:
     """Train as the set was made to be trained on: its optimizer, steps and rates."""
     steps, rate = own["inner_steps"], own["inner_rate"]
@@ -294,7 +296,7 @@ def _judge_own(
     rates = inner_rates(stored.synthetic, rate, steps)
     batch = stored.synthetic.batch()
     predictions = judge_own(
-        net, lambda params, key: run(params, batch, rates, key), trainer, test_inputs
+        net, lambda params, key: run(params, batch, rates, key), trainer, test_inputs, seed
     )
     return Judged(predictions=predictions, rate=float(jnp.mean(rates)), steps=steps)
 

@@ -78,7 +78,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Lay out what networks reach that were trained on several sets, see ``evaluate-set``.
 
     One row a training set and architecture: its size, accuracy with its deviation over seeds, the
-    share kept of full data's, and the recall of each named slice.
+    share kept of full data's, and the accuracy on each named slice.
     """
     slices = list(dict.fromkeys(name for row in rows for name in row["slices"]))
     table = Table("trained on", "architecture")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float32, Int, Int32
 from jaxdistill.errors import UserError
 from jaxdistill.train.data import load_rows
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error)
 _FORMS = (
     'rows of {"text", "label"} (.jsonl[.gz], .parquet), or an .npz file of `images` or `inputs` '
     "and `labels`"
@@ -148,7 +150,7 @@ def _load_arrays(path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = dict(file.items())
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, *_DAMAGED) as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
         raise UserError(
             f"data {path!r} cannot be read ({reason}); accepted: {_FORMS}; write it again"
@@ -179,6 +181,22 @@ def _load_arrays(path: str) -> dict[str, Any]:
     return {"inputs": inputs, "labels": labels, "columns": columns}
 
 
+def held_out_rows(labels: Int32[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (rows to learn from, rows held out), the same for the same labels.
+
+    A tenth of each class is held out, at most 1000 rows in all; of a class of fewer than ten rows
+    none. ``condense`` learns from the others, and ``evaluate-set`` chooses rates on these.
+    """
+    rng = np.random.default_rng(0)
+    share = min(0.1, 1000 / len(labels))
+    held = [np.empty(0, np.int64)]
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        held.append(rows[: int(share * len(rows))])
+    chosen = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
 def slices_of(
     data: Labelled, specs: Sequence[str], *, required: bool = True
 ) -> dict[str, Bool[np.ndarray, "N"]]:
@@ -202,7 +220,13 @@ def slices_of(
             found[name] = _matching(data, name, pattern, spec)
         elif spec in data.columns:
             column = data.columns[spec]
-            values = {value for value in column if value not in (None, "")}
+            odd = [v for v in column if v is not None and not isinstance(v, str | int | float)]
+            if odd:
+                raise UserError(
+                    f"--slice {spec} given, and that column holds {odd[0]!r}; accepted: a column "
+                    "of texts, numbers, or true and false"
+                )
+            values = {value for value in column if value not in (None, "") and value == value}
             if values <= {True, False}:
                 found[spec] = np.asarray([bool(value) for value in column])
                 continue

@@ -23,10 +23,6 @@ from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.run_directory import RunDirectory
 
 
-def _params(state: Any) -> Any:
-    return state.params
-
-
 class Look(NamedTuple):
     """Say what is looked at every few steps: ``take(step, params) -> metrics``, logged with them.
 
@@ -65,7 +61,6 @@ def train(
     checkpoint_every: int = 0,
     keep: int = 2,
     looks: Sequence[Look] = (),
-    looked_at: Callable[[Any], Any] = _params,
     console: Console | None = None,
     name: str = "train",
 ) -> Any:
@@ -87,7 +82,6 @@ def train(
         checkpoint_every: steps between checkpoints; 0 saves none.
         keep: checkpoints kept.
         looks: see ``Look``.
-        looked_at: what of a state the looks are given; its params.
         console: where progress is shown.
         name: of the work, beside its progress.
     """
@@ -110,7 +104,7 @@ def train(
             done = i + 1
             for every, take, at_end in looks:
                 if every and (done % every == 0 or (at_end and done == steps)):
-                    values |= take(done, looked_at(state))
+                    values |= take(done, state.params)
             run.log(done, values)
             if checkpoint_every and (done % checkpoint_every == 0 or done == steps):
                 checkpoints.save(done, state, fingerprint)

@@ -15,7 +15,8 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.decoder import init_params
 from jaxdistill.models.hf import save_hf
 from jaxdistill.recipes.condense import condense
-from jaxdistill.recipes.condense_options import Condense
+from jaxdistill.recipes.condense_options import _USED_BY, Condense
+from jaxdistill.train.labelled import held_out_rows, load_labelled
 from jaxdistill.train.run_directory import read_metrics
 from tests import tiny
 
@@ -36,6 +37,13 @@ LEARNED = (
     "trajectory-matching",
     "kernel-ridge",
 )
+
+
+def small(method):
+    """The options of a small run, those that the method has a use for."""
+    return {k: v for k, v in TINY.items() if method in _USED_BY.get(k, (method,))}
+
+
 SELECTED = ("random", "herding", "k-center", "el2n", "meta-gradient-score")
 
 
@@ -90,7 +98,7 @@ def texts(tmp_path_factory):
 def test_learned_sets_move_and_are_resumed(method, points, tmp_path):
     """A run cut off after a checkpoint ends as one that was not."""
     every = 1 if method == "meta-gradient" else -1
-    options = TINY | {"checkpoint_every": every}
+    options = small(method) | {"checkpoint_every": every}
     job = Condense(data=points, out=tmp_path / "r", method=method, **options)
     result = condense(job)
     assert result["examples"] == 6 and np.isfinite(result["last_loss"])
@@ -128,7 +136,7 @@ def test_labels_and_rates_are_learned_through_a_window(points, tmp_path):
         random_window=True,
         networks=2,
         start="noise",
-        **TINY,
+        **small("meta-gradient"),
     )
     condense(job)
     learned = load_set(tmp_path / "r" / "set").synthetic.learned
@@ -140,7 +148,7 @@ def test_labels_and_rates_are_learned_through_a_window(points, tmp_path):
 
 @pytest.mark.parametrize("method", SELECTED)
 def test_selected_examples_are_real_ones(method, points, tmp_path):
-    result = condense(Condense(data=points, out=tmp_path / "r", method=method, **TINY))
+    result = condense(Condense(data=points, out=tmp_path / "r", method=method, **small(method)))
     assert "last_loss" not in result
     stored = load_set(tmp_path / "r" / "set")
     rows, reading = stored.settings["rows"], stored.settings["reading"]
@@ -148,6 +156,7 @@ def test_selected_examples_are_real_ones(method, points, tmp_path):
         inputs, labels = file["inputs"], file["labels"]
     np.testing.assert_array_equal(labels[rows], np.asarray(stored.synthetic.fixed["labels"]))
     assert len(set(rows)) == 6
+    assert not set(rows) & set(held_out_rows(load_labelled(points).labels)[1])
     got = np.asarray(stored.synthetic.learned["inputs"]) * reading["deviation"] + reading["mean"]
     np.testing.assert_allclose(got, inputs[rows], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(reading["mean"], inputs.mean(0), rtol=1e-4, atol=1e-5)
@@ -161,7 +170,7 @@ def test_rare_slices_are_kept(points, tmp_path):
             method=method,
             slice=("rare",),
             per_slice=3,
-            **TINY,
+            **small(method),
         )
         assert condense(job)["slices"]["rare"] >= 3
         stored = load_set(tmp_path / method / "set")
@@ -171,8 +180,9 @@ def test_rare_slices_are_kept(points, tmp_path):
 
 def test_images_are_drawn(tmp_path):
     data = save_points(tmp_path / "x.npz", 30, shape=(6, 6))
-    usual = TINY | {"architecture": None, "steps": 1, "method": "distribution-matching"}
-    job = Condense(data=data, out=tmp_path / "r", **usual)
+    method = "distribution-matching"
+    usual = small(method) | {"architecture": None, "steps": 1}
+    job = Condense(data=data, out=tmp_path / "r", method=method, **usual)
     assert condense(job)["level"] == "images"
     assert (tmp_path / "r" / "plots" / "set.png").is_file()
     assert load_set(tmp_path / "r" / "set").settings["architecture"] == "convnet"
@@ -264,7 +274,7 @@ def test_bad_input_is_one_line_and_writes_nothing(points, texts, tmp_path, capsy
     assert "--lr -1.0 given" in said(*per, "--lr=-1")
     assert "a window of 30 given" in said(*per, "--window", "30")
     assert "--soft-labels given" in said(*per, "--method", "random", "--soft-labels")
-    assert "has no inner rates" in said(*per, "--method", "kernel-ridge", "--learn-rates")
+    assert "has no use for it" in said(*per, "--method", "kernel-ridge", "--learn-rates")
     assert "belong together" in said(*per, "--slice", "rare")
     assert "--slice x given" in said(*per, "--slice", "x", "--per-slice", "1")
     assert "quota" in said("--data", points, "--per-class", "21")
