@@ -116,7 +116,8 @@ def text_scores(
         rate=o.inner_rate,
         inner_batch=o.inner_batch or None,
     )
-    every, params = packed[:], jax.tree.map(jnp.asarray, model.params)
+    every = {name: jnp.asarray(x) for name, x in packed[:].items()}
+    params = jax.tree.map(jnp.asarray, model.params)
     order = rng.permutation(len(packed))
     size = min(o.batch_size, len(packed))
     scores = np.full(len(texts), -np.inf)
