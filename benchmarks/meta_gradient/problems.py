@@ -66,8 +66,8 @@ def mlp() -> Problem:
         return {"kernel": kernel, "bias": np.zeros(o, np.float32)}
 
     def apply(params, x):
-        y = x @ params["first"]["kernel"] + params["first"]["bias"]
-        return jax.nn.relu(y) @ params["second"]["kernel"] + params["second"]["bias"]
+        y = x @ params["first"]["kernel"] + params["first"]["bias"][None]
+        return jax.nn.relu(y) @ params["second"]["kernel"] + params["second"]["bias"][None]
 
     def some(rows: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.arange(rows) % CLASSES
