@@ -102,13 +102,13 @@ def store(name: str, value: dict[str, Any]) -> None:
 def cells_of(name: str, per_class: tuple[int, ...]) -> Iterator[tuple[str, int, str, int, int]]:
     """Yield (cell, examples a class, method, seed, examples of each slice)."""
     yield f"{name}-full", 0, "full", 0, 0
+    for method in ("random", "meta-gradient") if name in SLICES else ():
+        for seed in SEEDS:
+            yield f"{name}-5-{method}-{seed}-quota", 5, method, seed, PER_SLICE
     for n in per_class:
         for method in METHODS:
             for seed in SEEDS[:1] if method in ONCE else SEEDS:
                 yield f"{name}-{n}-{method}-{seed}", n, method, seed, 0
-    for method in ("random", "meta-gradient") if name in SLICES else ():
-        for seed in SEEDS:
-            yield f"{name}-5-{method}-{seed}-quota", 5, method, seed, PER_SLICE
 
 
 def run(name: str) -> None:
