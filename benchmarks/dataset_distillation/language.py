@@ -44,7 +44,7 @@ from jaxdistill.train.data import encode_rows, load_rows, pack
 DATA = ROOT.parent / "shared" / "data"
 OUT = Path(__file__).parent / "results" / "language.json"
 ROWS, LENGTH, STEPS, POOL, REAL, UPDATES = 8, 64, 20, 256, 32, 100
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1)
 
 

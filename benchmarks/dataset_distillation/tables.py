@@ -62,7 +62,7 @@ def selection_table(cells: dict[str, Any], name: str) -> str:
 
 
 def slices_table(cells: dict[str, Any]) -> str:
-    """Return the recall of named rare cases with and without their quota."""
+    """Return the accuracy on named rare cases with and without their quota."""
     lines = []
     for name in TITLES:
         quota = [k for k in cells if k.startswith(f"{name}-") and k.endswith("-quota")]
@@ -72,11 +72,14 @@ def slices_table(cells: dict[str, Any]) -> str:
         for network in full:
             for slice_, whole in full[network].items():
                 lines += [
-                    f"Slice `{slice_}` of {name}, {network}, 5 a class: full data's recall "
+                    f"Slice `{slice_}` of {name}, {network}, 5 a class: full data's accuracy on it "
                     f"{100 * whole:.1f} %.",
                     "",
                 ]
-                lines += ["| set | recall | retention | accuracy |", "| --- | ---: | ---: | ---: |"]
+                lines += [
+                    "| set | on the slice | retention | on all |",
+                    "| --- | ---: | ---: | ---: |",
+                ]
                 for method in ("random", "meta-gradient"):
                     for kind, said in (("", "without"), ("-quota", "with")):
                         seeds = [
