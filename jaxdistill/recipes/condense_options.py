@@ -120,7 +120,7 @@ class Condense:
     levels: int = 2
     """Levels of checkpoints through the inner steps: more need less memory and more time."""
     memory_budget: int | None = None
-    """Megabytes for those checkpoints; chooses the levels itself."""
+    """Mebibytes (2**20 bytes) for those checkpoints; chooses the levels itself."""
     steps: int = 400
     """Updates of the set."""
     lr: float = 0.02
