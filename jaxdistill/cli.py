@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from jaxdistill.errors import UserError
+from jaxdistill.mesh import is_primary
 from jaxdistill.recipes.analyze import Analyze, analyze
 from jaxdistill.recipes.cache_teacher import CacheTeacher, cache_teacher
 from jaxdistill.recipes.condense import condense
@@ -26,6 +28,7 @@ from jaxdistill.recipes.objectives import (
     objectives_markdown,
     objectives_table,
 )
+from jaxdistill.recipes.parallel import join_hosts
 from jaxdistill.recipes.quantize import Quantize, quantize
 from jaxdistill.report.table import choices_table, comparison_table, result_table
 
@@ -46,6 +49,10 @@ VERBS = {
 
 def run(options: Any) -> None:
     """Do what the parsed options ask for; results go to stdout, progress to stderr."""
+    if getattr(options, "hosts", None) is not None:
+        join_hosts(options.hosts)
+        if not is_primary():  # what is said is said once
+            sys.stdout = open(os.devnull, "w")
     out = Console()
     match options:
         case Quantize():

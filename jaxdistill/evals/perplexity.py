@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.objective import Objective
+from jaxdistill.mesh import place_batch
 
 
 def make_evaluator(
@@ -27,7 +28,7 @@ def make_evaluator(
     def evaluate(params, teacher_params, batches) -> dict[str, float | int]:
         totals: dict[str, list[float]] = {}
         for batch in batches:
-            for name, pair in score(params, teacher_params, batch).items():
+            for name, pair in score(params, teacher_params, place_batch(batch)).items():
                 value, count = (float(x) for x in pair)
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0] += value

@@ -28,9 +28,10 @@ from jaxdistill.kd.teacher_cache import (
     read_header,
     shard_file,
 )
-from jaxdistill.losses.chunked import Head, pad_and_split
+from jaxdistill.losses.chunked import Head, join_chunks, pad_and_split
 from jaxdistill.losses.loss import Term, parse_term
 from jaxdistill.losses.top_k import TopK, top_k_of
+from jaxdistill.mesh import fetch, is_primary, on_primary, place_batch, wait_for_all
 from jaxdistill.models.decoder import ApplyFn
 
 _LOWEST = -6e4  # exp of it is 0; float16 ends at -65504
@@ -77,8 +78,7 @@ def _predictor(
         found = lax.map(one, (hidden, pad_and_split(targets, size)))
         shape = batch["tokens"].shape
         return jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:])[: targets.shape[0]].reshape(*shape, *x.shape[2:]),
-            found,
+            lambda x: join_chunks(x, targets.shape[0]).reshape(*shape, *x.shape[2:]), found
         )
 
     return predict
@@ -166,7 +166,7 @@ def write_cache(
     path = Path(directory)
     predict = _predictor(several, term, header.k, float(temperature), vocab_size, chunk)
     try:
-        _begin(path, header, resume)
+        on_primary(lambda: _begin(path, header, resume), f"write {path}")
         for shard in range(header.shards):
             start = shard * rows_per_shard
             stop = min(start + rows_per_shard, len(rows))
@@ -185,8 +185,10 @@ def write_cache(
             f"{path} cannot be written ({e.strerror or e}); make room or choose another directory, "
             "and resume"
         ) from None
-    for left in path.glob("*.part"):
-        left.unlink()
+    wait_for_all("write_cache")
+    if is_primary():
+        for left in path.glob("*.part"):
+            left.unlink()
     return open_cache(path, fingerprints)
 
 
@@ -199,8 +201,8 @@ def _predicted(predict, params, rows, start, stop, batch_size, header, progress)
         batch = {name: batch[name] for name in names if name in batch}
         n = len(batch["tokens"])
         batch = {name: np.pad(a, ((0, batch_size - n), (0, 0))) for name, a in batch.items()}
-        top = jax.device_get(predict(params, batch))
-        parts = {part: np.asarray(getattr(top, part))[:n] for part in PARTS}
+        top = predict(params, place_batch(batch))
+        parts = {part: fetch(getattr(top, part))[:n] for part in PARTS}
         for part in ("log_probs", "log_tail"):
             parts[part] = np.maximum(parts[part], np.float32(_LOWEST))
         found.append({part: a.astype(header.dtypes[part]) for part, a in parts.items()})
@@ -212,6 +214,8 @@ def _predicted(predict, params, rows, start, stop, batch_size, header, progress)
 def _write_shard(
     path: Path, header: CacheHeader, shard: int, parts: Mapping[str, np.ndarray]
 ) -> None:
+    if not is_primary():
+        return
     for part in PARTS:
         assert parts[part].shape == header.shape_of(shard, part)
         _write(shard_file(path, shard, part), functools.partial(np.save, arr=parts[part]))

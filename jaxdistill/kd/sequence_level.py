@@ -17,6 +17,7 @@ from jaxtyping import Shaped
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.rollout import own_answers
+from jaxdistill.mesh import fetch, place_batch
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.generate import Sampling
@@ -75,8 +76,8 @@ def teacher_text(
         missing = size - len(part["tokens"])
         # Rows of padding have no target, so nothing is kept of what is sampled for them.
         part = {name: np.pad(x, ((0, missing), (0, 0))) for name, x in part.items()}
-        done = answers(params, part, at)
-        parts.append({name: np.asarray(x)[: size - missing] for name, x in done.items()})
+        done = answers(params, place_batch(part), at)
+        parts.append({name: fetch(x)[: size - missing] for name, x in done.items()})
         if progress:
             progress(min(at + size, number))
     return {name: np.concatenate([part[name] for part in parts]) for name in rows}

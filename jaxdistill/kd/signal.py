@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.signal_sums import PARTS, PROJECTIONS, make_sums
+from jaxdistill.mesh import fetch, place_batch
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Activation, Params, Transform
 
@@ -93,10 +94,10 @@ def make_signal(
         total: dict[str, np.ndarray] = {}
         number = 0
         for batch in batches:
-            found = sums(teacher_params, student_params, dict(batch))
+            found = sums(teacher_params, student_params, place_batch(batch))
             number += 1
             for name, value in found.items():
-                total[name] = total.get(name, np.zeros(())) + np.asarray(value, np.float64)
+                total[name] = total.get(name, np.zeros(())) + fetch(value).astype(np.float64)
         if not number or not total["tokens"]:
             raise UserError("the data hold no target token; give longer texts")
         signal = _finish(total, number)
@@ -109,7 +110,7 @@ def make_signal(
 def by_projection(shares: Mapping[str, Any], layers: int) -> np.ndarray:
     """Lay ``{kernel path: [L] values}`` out as [L, 7]; a kernel that is not there counts 0."""
     columns = [
-        np.broadcast_to(np.asarray(shares.get(path_of(p), 0.0), np.float64), (layers,))
+        np.broadcast_to(fetch(shares.get(path_of(p), 0.0)).astype(np.float64), (layers,))
         for p in PROJECTIONS
     ]
     return np.stack(columns, axis=1)

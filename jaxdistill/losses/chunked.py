@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxdistill.mesh import DATA, ROWS, VOCABULARY, axis_size, constrain
+
 # (student logits [n, V], each teacher's logits [n, V], rows' data, shared data) -> sums, one of
 # them "loss"
 RowsFn = Callable[[Array, tuple[Array, ...], Any, Any], dict[str, Array]]
@@ -36,16 +38,35 @@ class Head(NamedTuple):
     softcap: Any = None
 
     def logits(self) -> Float[Array, "N V"]:
-        """Return the float32 logits."""
-        z = jnp.einsum("nd,vd->nv", self.hidden, self.kernel, preferred_element_type=jnp.float32)
+        """Return the float32 logits; on a mesh, each device's own part of the vocabulary."""
+        hidden = constrain(self.hidden, DATA)
+        z = jnp.einsum("nd,vd->nv", hidden, self.kernel, preferred_element_type=jnp.float32)
+        z = constrain(z, DATA, VOCABULARY)
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
 
 
 def pad_and_split(x: Array, chunk: int) -> Array:
-    """Return rows ``[N, ...]`` as chunks ``[n, chunk, ...]``, the last one filled with zeros."""
-    extra = -x.shape[0] % chunk
-    padded = jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))
-    return padded.reshape(-1, chunk, *x.shape[1:])
+    """Return rows ``[N, ...]`` as chunks ``[n, chunk, ...]``, the last one filled with zeros.
+
+    On a mesh every chunk takes as many rows from each part that the rows are divided into, so that
+    all devices work on every chunk; the chunk is rounded up to a multiple of their number.
+    """
+    shards = axis_size(ROWS)
+    shards = shards if x.shape[0] % shards == 0 else 1
+    own, each = x.shape[0] // shards, -(-chunk // shards)
+    parts = x.reshape(shards, own, *x.shape[1:])
+    parts = jnp.pad(parts, [(0, 0), (0, -own % each)] + [(0, 0)] * (x.ndim - 1))
+    parts = parts.reshape(shards, -1, each, *x.shape[1:]).swapaxes(0, 1)
+    return parts.reshape(-1, shards * each, *x.shape[1:])
+
+
+def join_chunks(x: Array, rows: int) -> Array:
+    """Undo ``pad_and_split`` of that many rows: ``[n, chunk, ...]`` to ``[N, ...]``."""
+    shards = axis_size(ROWS)
+    shards = shards if rows % shards == 0 else 1
+    parts = x.reshape(x.shape[0], shards, -1, *x.shape[2:]).swapaxes(0, 1)
+    parts = parts.reshape(shards, -1, *x.shape[2:])[:, : rows // shards]
+    return parts.reshape(rows, *x.shape[2:])
 
 
 def chunked_sums(

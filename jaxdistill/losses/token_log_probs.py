@@ -6,7 +6,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.losses.chunked import Head, pad_and_split
+from jaxdistill.losses.chunked import Head, join_chunks, pad_and_split
 from jaxdistill.losses.divergences import target_log_probs
 
 
@@ -27,4 +27,4 @@ def chunked_log_probs(
         return target_log_probs(head._replace(hidden=hidden).logits(), targets)
 
     rows = pad_and_split(head.hidden, chunk), pad_and_split(targets, chunk)
-    return lax.map(one, rows).reshape(-1)[:n]
+    return join_chunks(lax.map(one, rows), n)

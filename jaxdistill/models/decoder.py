@@ -17,6 +17,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdistill.mesh import DATA, ROWS, VOCABULARY, constrain
 from jaxdistill.models.blocks import Block, Linear, RMSNorm, attention_mask
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.rope import rope_frequencies
@@ -215,13 +216,15 @@ def make_apply(
             x_ND, kv_out, seen = run_layer(
                 config, per_layer(layer_params), x_ND, places, cache=kv, activation=activation
             )
-            return x_ND, (None if kv is None else kv_out, tap(seen, extra) if tap else None)
+            taken = tap(seen, extra) if tap else None
+            return constrain(x_ND, ROWS), (None if kv is None else kv_out, taken)
 
         shape = tokens.shape[:2]
         if jnp.issubdtype(tokens.dtype, jnp.floating):
             x_ND = tokens.reshape(-1, tokens.shape[-1]).astype(dtype)
         else:
-            x_ND = jnp.take(table, tokens.reshape(-1), axis=0).astype(dtype)
+            x_ND = _embed(table, tokens.reshape(-1)).astype(dtype)
+        x_ND = constrain(x_ND, ROWS)
         scanned = jax.checkpoint(body) if remat else body
         layers = (params["layers"], past_kv, tap_inputs)
         x_ND, (new_kv, statistics) = lax.scan(scanned, x_ND, layers, unroll=unroll)
@@ -235,6 +238,13 @@ def make_apply(
         return output if cache is None else (output, cache._replace(k=new_kv[0], v=new_kv[1]))
 
     return apply
+
+
+def _embed(table_VD: Array, ids_N: Array) -> Array:
+    """Look ids up; on a mesh each device looks up its own columns, so no table is gathered."""
+    table_VD = constrain(constrain(table_VD, VOCABULARY), None, VOCABULARY)
+    x_ND = jnp.take(table_VD, constrain(ids_N, DATA), axis=0)
+    return constrain(x_ND, DATA, VOCABULARY)
 
 
 def _places_after(

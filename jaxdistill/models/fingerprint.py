@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdistill.mesh import fetch
 from jaxdistill.models.config import ModelConfig
 
 
@@ -24,7 +25,7 @@ def model_fingerprint(config: ModelConfig, params: Any) -> str:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     named = {jax.tree_util.keystr(keys): leaf for keys, leaf in leaves}
     for path, leaf in sorted(named.items(), key=lambda item: item[0]):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(fetch(leaf))
         digest.update(f"{path} {array.dtype.name} {array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxdistill.errors import UserError
+from jaxdistill.mesh import fetch, is_primary, wait_for_all
 from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hf_directory import (
@@ -23,6 +26,7 @@ from jaxdistill.models.hf_directory import (
 )
 from jaxdistill.models.hf_layout import HFTensor, hf_layout
 from jaxdistill.models.safetensors import FLOAT_TAGS, SafetensorsFile
+from jaxdistill.models.sharding import Layout, make_leaf
 from jaxdistill.models.tokenizer import Tokenizer
 
 SAVE_DTYPES = {
@@ -32,18 +36,23 @@ SAVE_DTYPES = {
 }
 
 
-def load_hf(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
+def load_hf(
+    directory: str | os.PathLike[str], layout: Layout = "sharded"
+) -> tuple[ModelConfig, Params]:
     """Read a model directory's config and weights.
 
     Tensors of any float type are copied one at a time into float32 leaves allocated beforehand, so
-    the peak is the float32 model and one tensor. Where the config ties the head to the embedding, a
+    the peak is the float32 model and one tensor; on a mesh each host reads only what its devices
+    hold, one leaf at a time. Where the config ties the head to the embedding, a
     stored ``lm_head.weight`` is ignored; so are rotary frequency buffers.
 
     Args:
         directory: holds config.json and model.safetensors, or its shards and their index.
+        layout: how the params lie on the present mesh, see ``models.sharding``.
 
     Returns:
-        The config, and the params as numpy arrays, layers stacked on axis 0, kernels ``[in, out]``.
+        The config, and the params, layers stacked on axis 0, kernels ``[in, out]``: numpy arrays,
+        or on a mesh JAX arrays in their places.
 
     Raises:
         UserError: a file or tensor is missing, cut off, misshapen, unexpected or not of float type.
@@ -59,12 +68,11 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
             "give the unquantized model"
         )
     config = config_from_hf(raw)
-    layout = hf_layout(config)
+    tensors = hf_layout(config)
     where = _locate(directory)
-    _check_names(directory, config, layout, where)
+    _check_names(directory, config, tensors, where)
 
-    params: Params = {}
-    for t in layout:
+    for t in tensors:
         file = where[t.name]
         entry = file.entries[t.name]
         if entry.tag not in FLOAT_TAGS:
@@ -77,9 +85,19 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
                 f"{t.name} in {file.path} has shape {list(entry.shape)} where config.json asks for "
                 f"{list(t.shape)}; give the config.json that belongs to these weights"
             )
-        leaf = _slot(params, t, config.num_layers)
-        source = file.read(t.name)
-        np.copyto(leaf, source.T if t.transpose else source, casting="unsafe")
+    leaves: dict[tuple[str, ...], list[HFTensor]] = {}
+    for t in tensors:
+        leaves.setdefault(t.path, []).append(t)
+    params: Params = {}
+    for path, parts in leaves.items():
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        stack = () if parts[0].layer is None else (config.num_layers,)
+        shape = (*stack, *parts[0].stored_shape)
+        node[path[-1]] = make_leaf(
+            "/".join(path), shape, functools.partial(_read_part, where, parts), layout
+        )
     return config, params
 
 
@@ -119,10 +137,14 @@ def save_hf(
 
     def get(name: str) -> np.ndarray:
         t = by_name[name]
-        leaf = leaves[t.path] if t.layer is None else leaves[t.path][t.layer]
+        leaf = fetch(leaves[t.path] if t.layer is None else leaves[t.path][t.layer])
         return leaf.T if t.transpose else leaf
 
     tensors = [(t.name, SAVE_DTYPES[dtype], t.shape) for t in layout]
+    if not is_primary():  # takes part in the gathering alone
+        for name, *_ in tensors:
+            get(name)
+        return wait_for_all("save_hf")
     write_model_directory(
         directory,
         config_to_hf(config) | {"torch_dtype": dtype, "dtype": dtype},
@@ -130,6 +152,7 @@ def save_hf(
         tokenizer,
         card,
     )
+    wait_for_all("save_hf")
 
 
 # Reading
@@ -202,16 +225,23 @@ def _check_names(
         )
 
 
-def _slot(params: Params, t: HFTensor, num_layers: int) -> np.ndarray:
-    """Return the view of the params tree that one tensor fills, allocating its leaf at first."""
-    node = params
-    for key in t.path[:-1]:
-        node = node.setdefault(key, {})
-    if t.path[-1] not in node:
-        stack = () if t.layer is None else (num_layers,)
-        node[t.path[-1]] = np.empty((*stack, *t.stored_shape), np.float32)
-    leaf = node[t.path[-1]]
-    return leaf if t.layer is None else leaf[t.layer]
+def _read_part(
+    where: Mapping[str, SafetensorsFile], tensors: Sequence[HFTensor], index: tuple[slice, ...]
+) -> np.ndarray:
+    """Read a part of a leaf as float32, from the tensors that make it up, one at a time."""
+    if tensors[0].layer is None:
+        layers, inside = [tensors[0]], index
+    else:
+        layers, inside = tensors[index[0]], index[1:]
+    out = np.empty(0, np.float32)
+    for i, t in enumerate(layers):
+        stored = inside[::-1] if t.transpose else inside
+        source = where[t.name].read(t.name, stored[0])[:, *stored[1:]]
+        source = source.T if t.transpose else source
+        if not i:
+            out = np.empty((len(layers), *source.shape), np.float32)
+        np.copyto(out[i], source, casting="unsafe")
+    return out[0] if tensors[0].layer is None else out
 
 
 # Writing
@@ -219,7 +249,7 @@ def _slot(params: Params, t: HFTensor, num_layers: int) -> np.ndarray:
 
 def _leaves(
     config: ModelConfig, params: Params, layout: list[HFTensor]
-) -> dict[tuple[str, ...], np.ndarray]:
+) -> dict[tuple[str, ...], Any]:
     """Return the leaves by path; raise ``UserError`` unless they are just those of the config."""
     found = {
         tuple(str(key.key) for key in path): leaf
@@ -247,4 +277,4 @@ def _leaves(
                 f"the param {'/'.join(path)} has shape {list(found[path].shape)} where the config "
                 f"asks for {list(shape)}; give the config that belongs to these params"
             )
-    return {path: np.asarray(found[path]) for path in wanted}
+    return {path: found[path] for path in wanted}

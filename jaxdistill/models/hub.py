@@ -16,6 +16,7 @@ from jaxdistill.models.decoder import make_apply
 from jaxdistill.models.gguf import read_gguf
 from jaxdistill.models.hf import load_hf
 from jaxdistill.models.quantized import is_quantized, load_activations, load_quantized
+from jaxdistill.models.sharding import Layout, place
 from jaxdistill.models.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from jaxdistill.quant.policy import (
     ActivationRules,
@@ -78,13 +79,16 @@ class Model:
         )
 
 
-def load_model(source: str | Path) -> Model:
+def load_model(source: str | Path, layout: Layout = "sharded") -> Model:
     """Read a model and its tokenizer.
 
     Args:
         source: a run directory (its student), an HF directory (config.json and safetensors), a
             ``.gguf`` file, or the name of a model on the Hugging Face Hub, which is fetched into
             the user's hub cache.
+        layout: how the params lie on the present mesh, see ``models.sharding``. A directory's
+            float weights and a run's are read straight into their places; a ``.gguf`` file's go
+            through the host as a whole.
 
     Raises:
         UserError: the source is none of these, cannot be fetched or read, or has a tokenizer with
@@ -95,7 +99,7 @@ def load_model(source: str | Path) -> Model:
     if path.is_dir():
         stored = next((d for d in (path, path / "student") if is_quantized(d)), None)
         if stored is not None:
-            config, params, tokenizer = load_quantized(stored)
+            config, params, tokenizer = load_quantized(stored, layout)
             model = Model(
                 config=config,
                 params=params,
@@ -104,23 +108,23 @@ def load_model(source: str | Path) -> Model:
                 activations=load_activations(stored),
             )
         elif (path / "student" / "config.json").is_file():
-            model = _from_directory(path / "student", text)
+            model = _from_directory(path / "student", text, layout)
         elif (path / "metrics.jsonl").is_file():
             raise UserError(f"{text} is a run without a finished student; finish it with --resume")
         elif not (path / "config.json").is_file():
             raise UserError(f"{text} is a directory without config.json; accepted: {ACCEPTED}")
         else:
-            model = _from_directory(path, text)
+            model = _from_directory(path, text, layout)
     elif path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{text} is a file, but not a .gguf file; accepted: {ACCEPTED}")
         model = _from_gguf(path, text)
     elif isinstance(source, str) and path.suffix.lower() != ".gguf" and _HUB_NAME.fullmatch(text):
-        model = _from_directory(_fetch(text), text)
+        model = _from_directory(_fetch(text), text, layout)
     else:
         raise UserError(f"{text} does not exist; accepted: {ACCEPTED}; check the path")
     _check_tokenizer(model)
-    return dataclasses.replace(model, params=jax.device_put(model.params))
+    return dataclasses.replace(model, params=place(model.params, layout))
 
 
 def check_same_vocabulary(teacher: Model, student: Model) -> int:
@@ -153,8 +157,8 @@ def check_same_vocabulary(teacher: Model, student: Model) -> int:
     return min(sizes)
 
 
-def _from_directory(path: Path, source: str) -> Model:
-    config, params = load_hf(path)
+def _from_directory(path: Path, source: str, layout: Layout) -> Model:
+    config, params = load_hf(path, layout)
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = load_tokenizer(path) if has_tokenizer else None
     return Model(config=config, params=params, tokenizer=tokenizer, source=source)

@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxdistill.errors import UserError
+from jaxdistill.mesh import on_primary, present_mesh
 from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hf_directory import replace_directory
+from jaxdistill.models.sharding import Layout, path_of, sharding_of
 from jaxdistill.models.tokenizer import Tokenizer, load_tokenizer
 from jaxdistill.quant.activations import ActivationSpec
 from jaxdistill.quant.policy import ActivationRules, Policy, walk
@@ -53,14 +54,21 @@ def save_quantized(
         policy: that of the params; its rules for activations are part of the model.
     """
     part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    ocp.save(str((part / "params").resolve()), _signed(jax.tree.map(np.asarray, params)))
-    (part / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-    (part / _MARK).write_text(json.dumps(_described(params, policy), indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(part)
-    replace_directory(directory, part)
+
+    def begin() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def finish() -> None:
+        (part / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+        (part / _MARK).write_text(json.dumps(_described(params, policy), indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        replace_directory(directory, part)
+
+    on_primary(begin, f"make {part}")
+    ocp.save(str((part / "params").resolve()), _signed(params))  # each host its own parts
+    on_primary(finish, f"write {directory}")
 
 
 def _described(params: Params, policy: Policy) -> dict[str, Any]:
@@ -86,15 +94,17 @@ def load_activations(directory: Path) -> ActivationRules:
         ) from None
 
 
-def load_quantized(directory: Path) -> tuple[ModelConfig, Params, Tokenizer | None]:
-    """Read what ``save_quantized`` wrote, in the stored form.
+def load_quantized(
+    directory: Path, layout: Layout = "sharded"
+) -> tuple[ModelConfig, Params, Tokenizer | None]:
+    """Read what ``save_quantized`` wrote, in the stored form, in its place on the present mesh.
 
     Raises:
         UserError: the directory is cut off or was not written by ``save_quantized``.
     """
     try:
         config = config_from_hf(json.loads((directory / "config.json").read_text()))
-        params = _unsigned(_load_arrays((directory / "params").resolve()))
+        params = _unsigned(_load_arrays((directory / "params").resolve(), layout))
     except (OSError, ValueError, KeyError) as e:
         reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise UserError(
@@ -126,13 +136,17 @@ def _shifted(node: Params, before: Any, after: Any, by: int) -> Params:
     return out
 
 
-def _load_arrays(path: Path) -> Params:
-    """Restore every array of an orbax checkpoint onto the first device."""
+def _load_arrays(path: Path, layout: Layout) -> Params:
+    """Restore every array of an orbax checkpoint onto the present mesh, or the first device."""
+    mesh = present_mesh()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     found: Any = ocp.metadata(str(path)).metadata
-    abstract = jax.tree.map(
-        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here),
-        found,
-        is_leaf=lambda m: hasattr(m, "shape"),
+
+    def wanted(keys: Any, m: Any) -> jax.ShapeDtypeStruct:
+        lies = here if mesh is None else sharding_of(path_of(keys), m.shape, mesh, layout)
+        return jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=lies)
+
+    abstract = jax.tree_util.tree_map_with_path(
+        wanted, found, is_leaf=lambda m: hasattr(m, "shape")
     )
     return ocp.load(str(path), abstract)

@@ -102,8 +102,8 @@ class SafetensorsFile:
                     f"{list(e.shape)} in {e.tag}; fetch it again"
                 )
 
-    def read(self, name: str) -> np.ndarray:
-        """Read one tensor, in its stored type.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Read one tensor, or a stretch of its first axis, in its stored type.
 
         Raises:
             UserError: the stored type has no numpy counterpart.
@@ -113,8 +113,12 @@ class SafetensorsFile:
             raise UserError(
                 f"{name} in {self.path} is stored as {e.tag}; accepted: {', '.join(DTYPES)}"
             )
-        raw = np.fromfile(self.path, np.uint8, e.end - e.begin, offset=self._start + e.begin)
-        return raw.view(DTYPES[e.tag]).reshape(e.shape)
+        first, last, _ = rows.indices(e.shape[0]) if e.shape else (0, 1, 1)
+        width = (e.end - e.begin) // (e.shape[0] if e.shape else 1) if e.end > e.begin else 0
+        begin, size = self._start + e.begin + first * width, max(0, last - first) * width
+        raw = np.fromfile(self.path, np.uint8, size, offset=begin)
+        shape = (max(0, last - first), *e.shape[1:]) if e.shape else ()
+        return raw.view(DTYPES[e.tag]).reshape(shape)
 
 
 def write_safetensors(

@@ -23,6 +23,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.kd.recommend import Recommendation, recommend_freeze
 from jaxdistill.kd.signal import Signal, by_projection, make_signal
 from jaxdistill.kd.signal_sums import PROJECTIONS
+from jaxdistill.mesh import on_primary
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.quant.lattice import Ranges
@@ -36,6 +37,7 @@ from jaxdistill.quant.policy import (
     walk,
 )
 from jaxdistill.recipes.options import Quantize, policy_of
+from jaxdistill.recipes.parallel import Parallel, parallel
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows
 from jaxdistill.recipes.run_report import finished_student
 from jaxdistill.report.signal_arrays import arrays_of, labelled, number_of
@@ -49,7 +51,7 @@ _QUANTIZATION = ("bits", "group_size", "ranges", "asymmetric", "learn_ranges", "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Analyze:
+class Analyze(Parallel):
     """Analyse where quantization disturbs a model most, and recommend what to freeze."""
 
     model: str
@@ -78,6 +80,7 @@ class Analyze:
     """Print one JSON object as the last line."""
 
 
+@parallel
 def analyze(o: Analyze, console: Console | None = None) -> dict[str, Any]:
     """Run the analysis; return what ``signal.json`` holds, less its arrays.
 
@@ -109,7 +112,7 @@ def analyze(o: Analyze, console: Console | None = None) -> dict[str, Any]:
     advice = recommend_freeze(signals["ptq"])
     report = _report(o, job, signals, advice, began)
     try:
-        _write(o, report, arrays, advice)
+        on_primary(lambda: _write(o, report, arrays, advice), f"write {o.out}")
     except OSError as e:
         raise UserError(
             f"{o.out} cannot be written ({e.strerror or e}); choose another --out"

@@ -20,6 +20,7 @@ from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.models.tokenizer import Tokenizer
 from jaxdistill.models.tokenizer import fingerprint as tokenizer_fingerprint
+from jaxdistill.recipes.parallel import Parallel, parallel
 from jaxdistill.recipes.prepare import pack_rows, split_rows
 from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import load_rows
@@ -27,7 +28,7 @@ from jaxdistill.train.packing import fingerprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheTeacher:
+class CacheTeacher(Parallel):
     """Cache a teacher's likeliest tokens on disk; distill from them with --cache."""
 
     teacher: str
@@ -99,6 +100,7 @@ def _check(o: CacheTeacher) -> list[str]:
     return names
 
 
+@parallel
 def cache_teacher(o: CacheTeacher, console: Console | None = None) -> dict[str, Any]:
     """Run the job.
 

@@ -33,12 +33,15 @@ from jaxdistill.kd.states import tap_of
 from jaxdistill.kd.step import TrainState, adamw, init_state, make_step
 from jaxdistill.kd.teacher_cache import CachedRows
 from jaxdistill.losses.loss import Loss, parse_loss
+from jaxdistill.mesh import check_rows
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
+from jaxdistill.models.sharding import make_sharded
 from jaxdistill.quant.measure import weight_bytes
 from jaxdistill.quant.policy import Policy
 from jaxdistill.recipes.options import Distill, identity
+from jaxdistill.recipes.parallel import mesh_shape, parallel
 from jaxdistill.recipes.run_report import Results, check_student, report_run
 from jaxdistill.recipes.signal_looks import recommended, signal_looks
 from jaxdistill.recipes.trainee import Trainee, make_trainee
@@ -54,6 +57,7 @@ from jaxdistill.train.packing import batches
 from jaxdistill.train.run_directory import RunDirectory
 
 
+@parallel
 def distill(
     o: Distill,
     console: Console | None = None,
@@ -82,7 +86,10 @@ def distill(
 
     # Models and data; everything that can be wrong with the input is found before writing.
     loss = parse_loss(o.objective)
-    teachers = [load_model(name).floats() for name in o.teachers]
+    shape = mesh_shape(o)
+    if shape is not None:
+        check_rows(o.batch_size, shape, o.accumulate)
+    teachers = [load_model(name, o.teacher_layout).floats() for name in o.teachers]
     base = load_model(o.student).floats() if o.student else teachers[0]
     crossed = bool(loss.of_kind("cross_tokenizer"))
     sizes = [] if crossed else [check_same_vocabulary(t, base) for t in teachers]
@@ -314,8 +321,9 @@ def enter_phase(
     """
     params = student.snapped(student.params if state is None else state.params, patterns)
     if state is None:
-        return init_state(params, tx, schedule)
-    return dataclasses.replace(state, params=params, opt_state=migrate(state.opt_state, tx, params))
+        return make_sharded(lambda p: init_state(p, tx, schedule), params)
+    moved = make_sharded(lambda old, p: migrate(old, tx, p), state.opt_state, params)
+    return dataclasses.replace(state, params=params, opt_state=moved)
 
 
 def _title(o: Distill) -> str:

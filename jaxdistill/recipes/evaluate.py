@@ -13,13 +13,14 @@ from jaxdistill.evals.choices import Question, choices_name, load_choices, score
 from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
+from jaxdistill.recipes.parallel import Parallel, parallel
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows
 from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import load_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(Parallel):
     """Evaluate a model on text, on multiple choice, or both, alone or against a teacher."""
 
     model: str
@@ -63,7 +64,8 @@ def _check(o: Evaluate) -> None:
         seen[name] = path
 
 
-def evaluate(o: Evaluate) -> dict[str, Any]:
+@parallel
+def evaluate(o: Evaluate, console: Console | None = None) -> dict[str, Any]:
     """Return what ``--json`` prints.
 
     With ``data``: ``nll``, ``perplexity``, ``tokens``, and with a teacher ``kl`` and ``agreement``.
@@ -92,7 +94,7 @@ def evaluate(o: Evaluate) -> dict[str, Any]:
             eval_batches_of(packed, o.batch_size),
         )
     if questions:
-        result |= evaluate_choices(model, teacher, questions)
+        result |= evaluate_choices(model, teacher, questions, console)
     return result
 
 

@@ -13,11 +13,15 @@ from jaxdistill.errors import UserError
 from jaxdistill.losses.loss import Loss, parse_loss, parse_term
 from jaxdistill.losses.registry import Kind
 from jaxdistill.models.hub import Model
+from jaxdistill.models.sharding import Layout
 from jaxdistill.quant.activations import ActivationSpec
 from jaxdistill.quant.calibrate import Method
 from jaxdistill.quant.lattice import QuantSpec, Ranges
 from jaxdistill.quant.policy import Policy, default_policy
+from jaxdistill.recipes.parallel import Parallel
 
+# A run may be gone on with elsewhere, and on other devices.
+_NOT_THE_RUN = ("out", "keep", "resume", "json", "mesh", "hosts", "teacher_layout")
 _LEAST = {
     "steps": 0,
     "batch_size": 1,
@@ -63,7 +67,7 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Parallel):
     """Say what is trained, on what, and how."""
 
     data: str
@@ -184,6 +188,9 @@ class Distill(Quantization, Training, _Models):
     """Bits of a weight of the student's linear layers: quantization-aware; none for float."""
     mixture: str = "mean"
     """How several teachers become one: mean, confidence, agreement."""
+    teacher_layout: Layout = "sharded"
+    """How a live teacher lies on the mesh: sharded as the student is, tensor (by tensor alone: no
+    gathering over fsdp), or replicated."""
     cache: Path | None = None
     """Learn from this directory of `jaxdistill cache-teacher`; a teacher given as well is used to
     evaluate alone."""
@@ -291,7 +298,7 @@ class Distill(Quantization, Training, _Models):
 def identity(o: Training) -> dict[str, Any]:
     """Return the options that make a run what it is; a resumed run must have the same."""
     said = dataclasses.asdict(o)
-    kept = {k: v for k, v in said.items() if k not in ("out", "keep", "resume", "json")}
+    kept = {k: v for k, v in said.items() if k not in _NOT_THE_RUN}
     return {k: _plain(v) for k, v in kept.items()}
 
 

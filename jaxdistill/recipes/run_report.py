@@ -11,6 +11,7 @@ from rich.console import Console
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import recovered
+from jaxdistill.mesh import is_primary
 from jaxdistill.models.quantized import is_quantized
 from jaxdistill.report.plots import plot_training
 from jaxdistill.report.table import markdown_table, result_table
@@ -50,6 +51,8 @@ def before_training(results: Mapping[str, Mapping[str, float | int]]) -> dict[st
 
 def report_run(run: RunDirectory, results: Results, console: Console, title: str) -> None:
     """Write ``results.json``, the plots and the run's README under a title; show the table."""
+    if not is_primary():
+        return
     write_json(run.path / "results.json", results)
     rows = read_metrics(run.path)
     if rows:

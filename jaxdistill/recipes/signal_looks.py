@@ -14,6 +14,7 @@ from jaxdistill.kd.probe import make_probe
 from jaxdistill.kd.recommend import recommend_freeze
 from jaxdistill.kd.signal import by_projection, make_signal
 from jaxdistill.kd.signal_sums import PROJECTIONS
+from jaxdistill.mesh import is_primary, place_batch
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hub import Model
 from jaxdistill.quant.measure import flip_rate
@@ -94,7 +95,7 @@ def signal_looks(
     def look(step: int, params: Params) -> dict[str, float]:
         nonlocal before
         began = time.perf_counter()
-        flat, arrays = probe(teacher.params, params, batch)
+        flat, arrays = probe(teacher.params, params, place_batch(batch))
         now = quantize_params(params, policy)
         if before is not None:
             flips = by_projection(flip_rate(before, now), teacher.config.num_layers)
@@ -102,8 +103,9 @@ def signal_looks(
             flat |= {f"signal/{p}/flips": float(means[i]) for i, p in enumerate(PROJECTIONS)}
             arrays["flips"] = flips.tolist()
         before = now
-        with (run / "signal.jsonl").open("a") as f:
-            f.write(json.dumps({"step": step, "projections": PROJECTIONS} | arrays) + "\n")
+        if is_primary():
+            with (run / "signal.jsonl").open("a") as f:
+                f.write(json.dumps({"step": step, "projections": PROJECTIONS} | arrays) + "\n")
         return flat | {"signal/seconds": time.perf_counter() - began}
 
     return [Look(every, look, at_end=False)]

@@ -19,6 +19,7 @@ from jaxdistill.models.hf import save_hf
 from jaxdistill.models.hub import Model
 from jaxdistill.models.lora import merge_lora
 from jaxdistill.models.quantized import save_quantized
+from jaxdistill.models.sharding import place
 from jaxdistill.quant.policy import (
     Policy,
     add_scales,
@@ -128,6 +129,7 @@ def make_trainee(
         jax.random.key(o.seed),
     )
     params = params | ({"projections": learned} if learned else {})
+    params = place(params)
     return Trainee(
         config=made.config, params=params, policy=policy, merge=made.transform, frozen=made.freeze
     )

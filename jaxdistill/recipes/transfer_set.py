@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -14,6 +15,7 @@ from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.sequence_level import teacher_text
 from jaxdistill.kd.teacher_cache import CachedRows, check_loss, open_cache
 from jaxdistill.losses.loss import Loss
+from jaxdistill.mesh import on_primary, wait_for_all
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model
 from jaxdistill.recipes.cache_teacher import cache_fingerprints
@@ -151,7 +153,9 @@ def with_teacher_text(
 
     Answers are written to ``where`` (an .npz file) once; a resumed run reads them from there.
     """
-    if not where.is_file():
+    there = where.is_file()
+    wait_for_all("teacher_text")  # before any process writes it
+    if not there:
         with console.status("the teacher writes its answers") as status:
             made = teacher_text(
                 apply,
@@ -168,12 +172,16 @@ def with_teacher_text(
                 dtype=jnp.dtype(o.dtype),
                 progress=lambda n: status.update(f"the teacher writes its answers: {n} done"),
             )
-        part = where.with_name("part-" + where.name)
-        np.savez(part, **cast(Any, made))
-        part.replace(where)
+        on_primary(lambda: _save(where, made), f"write {where}")
     with np.load(where) as saved:
         rows = Packed(**{name: saved[name] for name in saved.files})
     return found._replace(rows=rows, fingerprint=fingerprint(rows))
+
+
+def _save(where: Path, arrays: Any) -> None:
+    part = where.with_name("part-" + where.name)
+    np.savez(part, **arrays)
+    part.replace(where)
 
 
 def serve(

@@ -19,6 +19,7 @@ from rich.progress import (
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.objective import Metrics
+from jaxdistill.mesh import place_batch
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.run_directory import RunDirectory
 
@@ -94,7 +95,7 @@ def train(
         for i in range(first, steps):
             began = time.perf_counter()
             batch = data[i]
-            state, metrics = step(state, teacher_params, batch)
+            state, metrics = step(state, teacher_params, place_batch(batch))
             values = {metric: _value(of) for metric, of in metrics.items()}
             seconds = time.perf_counter() - began
             check_finite(i + 1, values, checkpoints.latest)

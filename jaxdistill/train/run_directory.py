@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import UserError
+from jaxdistill.mesh import is_primary, on_primary
 
 _PACKAGES = ("jaxdistill", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -40,12 +41,16 @@ class RunDirectory:
     """Keep one run's ``config.json``, ``metrics.jsonl``, TensorBoard events and results.
 
     A directory belongs to one configuration: to open it again needs ``resume`` and the same
-    options.
+    options. Of several processes the first one writes.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
-        known = path / "config.json"
+        self._board: Any = None
+        on_primary(lambda: self._open(options, resume), f"open {path}")
+
+    def _open(self, options: Mapping[str, Any], resume: bool) -> None:
+        path, known = self.path, self.path / "config.json"
         if known.is_file():
             before = _options_of(known)
             differs = [k for k, v in options.items() if before.get(k) != v]
@@ -72,7 +77,6 @@ class RunDirectory:
                 raise UserError(
                     f"{path} cannot be written ({e.strerror or e}); choose another --out"
                 ) from None
-        self._board: Any = None
 
     @property
     def checkpoints(self) -> Path:
@@ -86,6 +90,8 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Drop what the logs hold of steps after ``step``: the resumed run will write it again."""
+        if not is_primary():
+            return
         for log in {"metrics.jsonl", *(path.name for path in self.path.glob("*.jsonl"))}:
             kept = [row for row in read_metrics(self.path, log) if row["step"] <= step]
             part = self.path / f"{log}.part"
@@ -94,6 +100,8 @@ class RunDirectory:
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append one row to ``metrics.jsonl`` and to TensorBoard."""
+        if not is_primary():
+            return
         row = {"step": step} | {k: float(v) for k, v in values.items()}
         with (self.path / "metrics.jsonl").open("a") as f:
             f.write(json.dumps(row) + "\n")
