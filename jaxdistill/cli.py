@@ -29,8 +29,9 @@ from jaxdistill.recipes.objectives import (
     objectives_table,
 )
 from jaxdistill.recipes.parallel import join_hosts
+from jaxdistill.recipes.plan import Plan, plan
 from jaxdistill.recipes.quantize import Quantize, quantize
-from jaxdistill.report.table import choices_table, comparison_table, result_table
+from jaxdistill.report.table import choices_table, comparison_table, plan_table, result_table
 
 VERBS = {
     "quantize": Quantize,
@@ -41,6 +42,7 @@ VERBS = {
     "objectives": Objectives,
     "condense": Condense,
     "evaluate-set": EvaluateSet,
+    "plan": Plan,
     "export": Export,
     "generate": Generate,
     "demo": Demo,
@@ -102,6 +104,12 @@ def run(options: Any) -> None:
                 print(json.dumps(result))
             else:
                 out.print(comparison_table(result["results"]))
+        case Plan():
+            report = plan(options)
+            if options.json:
+                print(json.dumps(report))
+            else:
+                out.print(plan_table(report))
         case Export():
             print(export(options))
         case Generate():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,13 @@ from jaxtyping import Array
 from jaxdistill.dd.checkpointing import checkpointed_scan, levels_for, tree_bytes
 from jaxdistill.dd.mixed_mode import LossFn, gradient
 from jaxdistill.errors import UserError
+from jaxdistill.kd.freeze import (
+    FreezeTransformation,
+    combine,
+    freeze,
+    partition,
+    zeros_for_frozen,
+)
 
 # (params, batch, rates [K], key) -> trained params
 Train = Callable[[Any, Any, Any, Any], Any]
@@ -67,12 +74,13 @@ def make_unroll(
 ) -> Train:
     """Build ``train(params, batch, rates, key) -> params``, differentiable in reverse mode.
 
-    Step k is ``params += rates[k] * tx.update(dL/dparams(params, batch_k))``. The result has
-    derivatives by params (within the window), by the float leaves of the batch and by the rates.
+    Step k is ``params += rates[k] * tx.update(dL/dparams(params, batch_k))``. What ``tx`` freezes
+    (``kd.freeze``; leaves of float16 or integers, such as fixed scales, always) stays as it is and
+    has no optimizer state; its gradients are not computed. The result has derivatives by params (within the window), by the float leaves of the batch and by the rates.
 
     Args:
         loss: ``(params, batch) -> scalar``; see ``mixed_mode.gradient`` for what it may hold.
-        tx: an optax transformation of rate one, see ``dd.inner``.
+        tx: an optax transformation of rate one, see ``dd.inner``, or ``kd.freeze.freeze`` of one.
         how: steps, window, memory.
         inner_batch: rows of a step, drawn anew in every epoch; None for the whole set.
 
@@ -85,7 +93,12 @@ def make_unroll(
     """
     if inner_batch is not None and inner_batch < 1:
         raise UserError(f"an inner batch of {inner_batch} given; accepted: 1 or more, or None")
-    of_params = gradient(loss, mixed_mode=how.mixed_mode)
+    tx = tx if isinstance(tx, FreezeTransformation) else freeze(tx)
+    mask_of = tx.freeze_mask
+    of_moving = gradient(
+        lambda moving, data: loss(combine(moving, data["still"]), data["batch"]),
+        mixed_mode=how.mixed_mode,
+    )
     window = how.window or how.steps
 
     def train(params: Any, batch: Any, rates: Array, key: Array) -> Any:
@@ -95,20 +108,27 @@ def make_unroll(
             size = next(iter(_examples(batch).values())).shape[0]
             rows = _orders(order_key, size, min(inner_batch, size), how.steps)
 
-        def step(state: tuple[Any, Any], k: Array, batch: Any, rates: Array) -> tuple[Any, Any]:
-            params, opt_state = state
+        mask = mask_of(params)
+        moving, still = partition(params, mask)
+
+        def step(
+            state: tuple[Any, Any], k: Array, still: Any, batch: Any, rates: Array
+        ) -> tuple[Any, Any]:
+            moving, opt_state = state
             picked = batch
             if rows is not None:
                 arrays = _examples(batch)
                 own = {name: jnp.take(x, rows[k], axis=0) for name, x in arrays.items()}
                 picked = {**batch, **own}
-            found = of_params(params, picked)
+            found = of_moving(moving, {"still": still, "batch": picked})
+            params = combine(moving, still)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
-                updates, opt_state = tx.update(found, opt_state, params)
+                updates, opt_state = tx.update(zeros_for_frozen(found, params), opt_state, params)
+            updates = partition(cast(Any, updates), mask)[0]
             scaled = jax.tree.map(lambda u: u * rates[k].astype(u.dtype), updates)
-            return optax.apply_updates(params, scaled), opt_state
+            return optax.apply_updates(moving, scaled), opt_state
 
-        state = (params, tx.init(params))
+        state = (moving, tx.init(params))
         levels = how.levels
         if how.memory_budget is not None:
             levels = levels_for(window, tree_bytes(state), how.memory_budget)
@@ -116,13 +136,16 @@ def make_unroll(
         if window < how.steps:
             if how.placement == "random":
                 start = jax.random.randint(window_key, (), 0, start + 1, jnp.int32)
-            fixed = lax.stop_gradient((batch, rates))
+            fixed = lax.stop_gradient((still, batch, rates))
             state = lax.fori_loop(
                 0, start, lambda k, s: step(s, k, *fixed), lax.stop_gradient(state)
             )
             state = lax.stop_gradient(state)
         ks = jnp.arange(window, dtype=jnp.int32) + start
-        return checkpointed_scan(lambda s, k: step(s, k, batch, rates), state, ks, levels=levels)[0]
+        moving = checkpointed_scan(
+            lambda s, k: step(s, k, still, batch, rates), state, ks, levels=levels
+        )[0]
+        return combine(moving, still)
 
     return train
 

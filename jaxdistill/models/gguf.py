@@ -38,6 +38,12 @@ from jaxdistill.models.tokenizer import Tokenizer, tokenizer_from_gguf
 _AGAIN = "download or write the file again"
 
 
+def read_gguf_config(path: str | Path) -> ModelConfig:
+    """Read a GGUF model's configuration alone; raises as ``read_gguf`` does."""
+    reader = _open(Path(path))
+    return _config(reader, {t.name: t for t in reader.tensors})[0]
+
+
 def read_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
     """Read a GGUF model: its configuration, its parameters in float32, and its tokenizer.
 

@@ -58,9 +58,7 @@ def load_hf(
         UserError: a file or tensor is missing, cut off, misshapen, unexpected or not of float type.
     """
     directory = Path(directory)
-    raw = _read_json(
-        directory / "config.json", "a model directory with config.json and safetensors"
-    )
+    raw = read_json(directory / "config.json", "a model directory with config.json and safetensors")
     if raw.get("quantization_config"):
         method = dict(raw["quantization_config"]).get("quant_method", "unknown")
         raise UserError(
@@ -158,7 +156,7 @@ def save_hf(
 # Reading
 
 
-def _read_json(path: Path, accepted: str) -> dict[str, Any]:
+def read_json(path: Path, accepted: str) -> dict[str, Any]:
     """Return a JSON object; raise ``UserError`` saying what is accepted where there is none."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}; accepted: {accepted}")
@@ -181,7 +179,7 @@ def _locate(directory: Path) -> dict[str, SafetensorsFile]:
             f"{directory} has neither {WEIGHTS} nor {INDEX}; accepted: safetensors weights; "
             "convert the model with transformers' save_pretrained"
         )
-    names = _read_json(directory / INDEX, INDEX).get("weight_map")
+    names = read_json(directory / INDEX, INDEX).get("weight_map")
     if not isinstance(names, dict):
         raise UserError(f"{directory / INDEX} has no weight_map; fetch it again")
     files: dict[str, SafetensorsFile] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,10 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.config import ModelConfig, config_from_hf
 from jaxdistill.models.decoder import make_apply
-from jaxdistill.models.gguf import read_gguf
-from jaxdistill.models.hf import load_hf
+from jaxdistill.models.gguf import read_gguf, read_gguf_config
+from jaxdistill.models.hf import load_hf, read_json
 from jaxdistill.models.quantized import is_quantized, load_activations, load_quantized
 from jaxdistill.models.sharding import Layout, place
 from jaxdistill.models.tokenizer import Tokenizer, fingerprint, load_tokenizer
@@ -125,6 +127,37 @@ def load_model(source: str | Path, layout: Layout = "sharded") -> Model:
         raise UserError(f"{text} does not exist; accepted: {ACCEPTED}; check the path")
     _check_tokenizer(model)
     return dataclasses.replace(model, params=place(model.params, layout))
+
+
+def shipped_configs() -> tuple[str, ...]:
+    """Return the names of the configs that come with the package."""
+    files = importlib.resources.files("jaxdistill.models") / "configs"
+    return tuple(sorted(f.name.removesuffix(".json") for f in files.iterdir()))
+
+
+def load_config(source: str | Path) -> ModelConfig:
+    """Read a model's shape alone: no weights are read.
+
+    Args:
+        source: the name of a config that comes with the package, a config.json, an HF directory or
+            a ``.gguf`` file.
+
+    Raises:
+        UserError: it is none of these, or cannot be read.
+    """
+    path, names = Path(source).expanduser(), shipped_configs()
+    if str(source) in names:
+        file = importlib.resources.files("jaxdistill.models") / "configs" / f"{source}.json"
+        return config_from_hf(json.loads(file.read_text()))
+    if path.suffix.lower() == ".gguf":
+        return read_gguf_config(path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"{source} does not exist; accepted: {', '.join(names)}, a config.json, a Hugging Face "
+            "model directory, or a .gguf file"
+        )
+    return config_from_hf(read_json(path, "a model's config.json"))
 
 
 def check_same_vocabulary(teacher: Model, student: Model) -> int:

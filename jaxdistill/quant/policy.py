@@ -131,6 +131,19 @@ def add_scales(params: Params, policy: Policy) -> Params:
     return _map_weights(params, calibrate)
 
 
+def scale_shapes(params: Params, policy: Policy) -> Params:
+    """Return what ``add_scales`` would, as shapes, of params that are shapes themselves."""
+
+    def shapes(path: str, stem: str, node: Params) -> Params:
+        weight, spec = node[stem], policy.spec(path)
+        if spec is None:
+            return {stem: weight}
+        grid = jax.eval_shape(lambda w: choose_grid(w, spec, AXES[stem], name=path), weight)
+        return {stem: weight} | grid_leaves(stem, grid, spec)
+
+    return _map_weights(params, shapes)
+
+
 def fake_quant_params(policy: Policy) -> Callable[[Params], Params]:
     """Return the transform ``params -> params`` from masters and grids to lattice values.
 

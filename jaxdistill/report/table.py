@@ -96,3 +96,22 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             end_section=rows[min(i + 1, len(rows) - 1)]["architecture"] != row["architecture"],
         )
     return table
+
+
+def plan_table(report: Mapping[str, Any]) -> Table:
+    """Lay out what ``recipes.plan`` returns as a terminal table."""
+    title = f"{report['model']} on {report['devices']} x {report['device']} ({report['mesh']})"
+    table = Table("a device", title=title, title_justify="left")
+    table.add_column("GiB", justify="right")
+    for name, value in report["bytes"].items():
+        table.add_row(name, f"{value / 2**30:,.2f}")
+    table.add_row("memory", f"{report['memory'] / 2**30:,.0f}")
+    table.add_row("fits", "yes" if report["fits"] else "no")
+    table.add_section()
+    table.add_row("PFLOP a step (model)", f"{report['flops']['model'] / 1e15:,.2f}")
+    table.add_row(f"tokens/s at {report['mfu']:.0%} MFU", f"{report['tokens_per_second']:,.0f}")
+    table.add_row("hours", f"{report['hours']:,.1f}")
+    table.add_row("device hours", f"{report['device_hours']:,.1f}")
+    if report["cost"] is not None:
+        table.add_row("cost", f"{report['cost']:,.0f}")
+    return table

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxdistill.dd.condense import init_condense, make_condense_step
-from jaxdistill.dd.inner import inner_sgd
+from jaxdistill.dd.inner import inner_adam, inner_sgd
 from jaxdistill.dd.language import (
     embedded_rows,
     objective_loss,
@@ -17,6 +17,7 @@ from jaxdistill.dd.language import (
 )
 from jaxdistill.dd.meta_gradient import meta_gradient
 from jaxdistill.dd.unroll import Unroll, make_unroll
+from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.quant.lattice import QuantSpec
@@ -73,18 +74,21 @@ def quantized():
     return make_apply(CONFIG, transform=fake_quant_params(policy)), add_scales(PARAMS, policy)
 
 
-@pytest.mark.parametrize("student", ["float", "4 bits"])
+@pytest.mark.parametrize("student", ["float", "4 bits", "4 bits, Adam, ov-freeze"])
 def test_the_meta_gradient_through_kd_and_quantization_is_the_slope(student):
     apply, params = (APPLY, PARAMS) if student == "float" else quantized()
     inner = objective_loss(kd_objective(apply, None, "0.5*forward_kl+0.5*ce", fused=False))
     outer = objective_loss(kd_objective(apply, APPLY, "jsd:beta=0.5", fused=False))
-    train = make_unroll(inner, inner_sgd(0.5), Unroll(steps=3))
-    start = embedded_rows(ROWS, TABLE, rate=0.05)
+    tx, rate = inner_sgd(0.5), 0.05
+    if "Adam" in student:  # whose epsilon a fixed scale, of float16, would round to 0
+        tx, rate = ov_freeze(inner_adam()), 0.003
+    train = make_unroll(inner, tx, Unroll(steps=3))
+    start = embedded_rows(ROWS, TABLE, rate=rate)
     start = embedded_rows(
         ROWS,
         TABLE,
         teacher_logits=with_teacher_labels(start, APPLY, TEACHER).fixed["teacher_logits"],
-        rate=0.05,
+        rate=rate,
         steps=3,
     )
 
@@ -95,7 +99,7 @@ def test_the_meta_gradient_through_kd_and_quantization_is_the_slope(student):
         return outer(trained, REAL | {"teacher": TEACHER})
 
     gradient = jax.jit(jax.grad(value))(start.learned)
-    plain = make_unroll(inner, inner_sgd(0.5), Unroll(steps=3, mixed_mode=False, levels=0))
+    plain = make_unroll(inner, tx, Unroll(steps=3, mixed_mode=False, levels=0))
 
     def by_reverse(learned):
         batch = start.replace(learned=learned).batch()
@@ -106,7 +110,7 @@ def test_the_meta_gradient_through_kd_and_quantization_is_the_slope(student):
     for name in gradient:
         scale = np.abs(expected[name]).max()
         assert scale > 0
-        np.testing.assert_allclose(gradient[name], expected[name], rtol=1e-3, atol=1e-4 * scale)
+        np.testing.assert_allclose(gradient[name], expected[name], rtol=1e-3, atol=1e-3 * scale)
     if student == "float":  # the lattice has steps, where differences see jumps
         run = jax.jit(value)
         for name, slope in gradient.items():

@@ -10,6 +10,7 @@ from jax import lax
 from jaxdistill.dd.inner import inner_adam, inner_optimizer, inner_sgd
 from jaxdistill.dd.unroll import Unroll, make_unroll
 from jaxdistill.errors import UserError
+from jaxdistill.kd.freeze import freeze
 from tests.dd.nets import central_differences, data, init, loss
 
 OPTIMIZERS = {"sgd": inner_sgd(), "momentum": inner_sgd(0.9), "adam": inner_adam()}
@@ -73,6 +74,28 @@ def test_every_mode_and_level_gives_plain_reverse_modes_gradient():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, plain
         )
+
+
+def test_what_is_frozen_stays_and_the_rest_trains_as_if_it_were_a_constant():
+    batch, params, rates = data(3, 6), start(), jnp.full((4,), 0.05)
+    name = next(iter(params))
+    still, moving = {name: params[name]}, {k: x for k, x in params.items() if k != name}
+    frozen = make_unroll(loss, freeze(inner_adam(), [rf"^{name}"]), Unroll(steps=4))
+    alone = make_unroll(
+        lambda p, data: loss(p | data["still"], data), inner_adam(), Unroll(steps=4)
+    )
+
+    def score(inputs):
+        return loss(frozen(params, batch | {"inputs": inputs}, rates, jax.random.key(0)), batch)
+
+    def expected(inputs):
+        trained = alone(moving, batch | {"inputs": inputs, "still": still}, rates, jax.random.key(0))
+        return loss(trained | still, batch)
+
+    trained = frozen(params, batch, rates, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, trained[name], params[name])
+    found, wanted = (jax.value_and_grad(f)(batch["inputs"]) for f in (score, expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, wanted)
 
 
 def test_the_forward_pass_is_a_loop_of_optax_steps():

@@ -1,0 +1,267 @@
+"""Will it fit, how fast, what does it cost: the real training step, compiled without weights.
+
+The step of ``distill`` is compiled ahead of time from shapes alone, for a mesh of simulated
+devices. Bytes of arrays are exact; temporaries are what XLA's CPU compiler assigns, which keeps
+bfloat16 products in float32 and so needs rather more than an accelerator's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from jaxdistill.errors import UserError
+from jaxdistill.evals.cost import device, matrix_params, training_flops
+from jaxdistill.kd.freeze import freeze, freeze_patterns
+from jaxdistill.kd.step import adamw, init_state, make_step
+from jaxdistill.losses.loss import parse_loss
+from jaxdistill.mesh import MeshShape, check_rows, make_mesh, on_mesh, parse_mesh, row_sharding
+from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.decoder import init_params
+from jaxdistill.models.hub import Model, load_config
+from jaxdistill.models.sharding import Layout, shardings
+from jaxdistill.quant.policy import scale_shapes
+from jaxdistill.recipes.distill import objective_of
+from jaxdistill.recipes.options import Distill, Quantization, policy_of
+from jaxdistill.recipes.trainee import Trainee
+
+_HEADROOM = 0.08  # of a device's memory, for the runtime, the program and fragmentation
+
+
+# Options are shown in the order of the bases, the last one first.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Planned:
+    model: str
+    """Shape of the student: llama-2-7b, llama-3.1-8b, llama-3.1-70b, a config.json, an HF directory
+    or a .gguf file. No weights are read."""
+    teacher: str | None = None
+    """Shape of the live teacher; by default the student's own. none for a cached one."""
+    mesh: str = "data=1"
+    """Devices along each axis, as in fsdp=64 or data=4,fsdp=8,tensor=2; simulated on this host."""
+    batch_size: int = 8
+    """Rows a step, over all devices."""
+    seq_len: int = 512
+    """Tokens a row."""
+    device: str = "h100"
+    """Accelerator: a100, h100, h200, v4, v5e, v5p, v6e."""
+    mfu: float = 0.4
+    """Model FLOPs utilisation that speed is stated at: a share of the bfloat16 peak."""
+    tokens: float = 1e9
+    """Tokens to train on."""
+    price: float | None = None
+    """Price of one device for one hour; without it no cost is said."""
+    objective: str = "forward_kl"
+    """See `jaxdistill distill`."""
+    freeze: str = "ov"
+    """See `jaxdistill quantize`."""
+    accumulate: int = 1
+    """Micro-batches a step."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations and products."""
+    remat: bool = True
+    """Recompute each layer in the backward pass."""
+    chunk: int = 256
+    """Tokens whose vocabulary logits exist at once, over all devices."""
+    teacher_layout: Layout = "sharded"
+    """See `jaxdistill distill`."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object as the last line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Quantization, _Planned):
+    """Say beforehand whether a run fits its devices, how fast it is and what it costs."""
+
+
+def plan(o: Plan) -> dict[str, Any]:
+    """Compile the step and count.
+
+    Returns:
+        ``mesh``, ``devices``, ``params`` (weights of the student's linear layers); ``bytes`` a
+        device: ``student`` (masters, grids), ``optimizer``, ``teacher``, ``batch``, ``activations``
+        (kept from the forward for the backward pass), ``temporaries`` (all others) and ``total``;
+        ``memory`` of a device and whether it ``fits``; ``flops`` a step (``model``, ``hardware``);
+        ``tokens_per_second``, ``hours`` and with a price ``cost``, at ``mfu``; ``compile_seconds``.
+
+    Raises:
+        UserError: an option is wrong, or there are too few devices to simulate the mesh.
+    """
+    target = device(o.device)
+    shape = parse_mesh(o.mesh)
+    _check(o, shape)
+    student = load_config(o.model)
+    teacher = None if o.teacher == "none" else load_config(o.teacher or o.model)
+    began = time.perf_counter()
+    mesh = make_mesh(shape, _simulated(shape.size))
+    with on_mesh(mesh):
+        found = _compiled(o, student, teacher, mesh)
+    found["total"] = sum(found.values())
+    patterns = freeze_patterns(o.freeze)
+    flops = training_flops(
+        student,
+        o.seq_len,
+        teacher=teacher,
+        frozen="|".join(f"(?:{p})" for p in patterns) or None,
+        remat=o.remat,
+    )
+    speed = o.mfu * target.peak_flops * shape.size / flops["model"]
+    hours = o.tokens / speed / 3600
+    return {
+        "model": o.model,
+        "teacher": o.teacher or o.model,
+        "mesh": str(shape),
+        "devices": shape.size,
+        "device": target.name,
+        "params": matrix_params(student),
+        "bytes": found,
+        "memory": target.memory,
+        "fits": found["total"] <= (1 - _HEADROOM) * target.memory,
+        "flops": {k: v * o.batch_size * o.seq_len for k, v in flops.items()},
+        "mfu": o.mfu,
+        "tokens_per_second": speed,
+        "hours": hours,
+        "device_hours": hours * shape.size,
+        "cost": None if o.price is None else hours * shape.size * o.price,
+        "compile_seconds": time.perf_counter() - began,
+    }
+
+
+def _check(o: Plan, shape: MeshShape) -> None:
+    least = {"batch_size": 1, "seq_len": 2, "accumulate": 1, "chunk": 1}
+    for name, bound in least.items():
+        if getattr(o, name) < bound:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(o, name)} given; accepted: {bound} or more")
+    if not 0 < o.mfu <= 1 or not 0 < o.tokens < math.inf or (o.price or 0) < 0:
+        raise UserError(
+            f"--mfu {o.mfu}, --tokens {o.tokens}, --price {o.price} given; accepted: a share up to "
+            "1, above 0, and 0 or more"
+        )
+    check_rows(o.batch_size, shape, o.accumulate)
+
+
+def _simulated(number: int) -> list[Any]:
+    """Return that many CPU devices, making them where JAX has not started yet."""
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+    except RuntimeError:
+        pass  # JAX has started: what is there must do
+    found = jax.devices("cpu")
+    if len(found) < number:
+        raise UserError(
+            f"a mesh of {number} devices given, and JAX has started with {len(found)}; run "
+            "`jaxdistill plan` by itself, or set jax_num_cpu_devices before the first computation"
+        )
+    return found[:number]
+
+
+def planned_step(
+    o: Plan, student: ModelConfig, teacher: ModelConfig | None, mesh: Any
+) -> tuple[Any, tuple[Any, Any, Any], Any]:
+    """Return the jitted step, its arguments as shapes in their places, and the objective."""
+    base = Model(config=student, params=_shapes(student), tokenizer=None, source=o.model)
+    options: dict[str, Any] = {f.name: getattr(o, f.name) for f in dataclasses.fields(Quantization)}
+    job = Distill(
+        data="",
+        out="",  # pyright: ignore[reportArgumentType]
+        teacher=o.model,
+        objective=o.objective,
+        freeze=o.freeze,
+        batch_size=o.batch_size,
+        seq_len=o.seq_len,
+        accumulate=o.accumulate,
+        dtype=o.dtype,
+        remat=o.remat,
+        chunk=o.chunk,
+        student=o.model,
+        **options,
+    )
+    policy = policy_of(job, base)
+    params = base.params if policy is None else scale_shapes(base.params, policy)
+    trainee = Trainee(config=student, params=params, policy=policy, merge=None, frozen=())
+    guides = []
+    if teacher is not None:
+        name = o.teacher or o.model
+        guides = [Model(config=teacher, params=_shapes(teacher), tokenizer=None, source=name)]
+    loss = parse_loss(o.objective)
+    shared = min(c.vocab_size for c in (student, *(g.config for g in guides)))
+    objective = objective_of(job, loss, trainee, guides, shared)
+    tx = freeze(adamw(1e-4, 1000), freeze_patterns(o.freeze) if policy else [])
+    state = jax.eval_shape(lambda p: init_state(p, tx), params)
+    rows = row_sharding(mesh)
+    kinds = {
+        "tokens": jnp.int32,
+        "loss_mask": jnp.bool_,
+        "segment_ids": jnp.int32,
+        "positions": jnp.int32,
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct((o.batch_size, o.seq_len), kind, sharding=rows)
+        for name, kind in kinds.items()
+    }
+    taught = _placed(guides[0].params, mesh, o.teacher_layout) if guides else None
+    step = make_step(objective, tx, accumulate=o.accumulate)
+    return step, (_placed(state, mesh), taught, batch), objective
+
+
+def _compiled(
+    o: Plan, student: ModelConfig, teacher: ModelConfig | None, mesh: Any
+) -> dict[str, int]:
+    """Return the bytes that one device holds, by what they are."""
+    step, arguments, objective = planned_step(o, student, teacher, mesh)
+    memory = step.lower(*arguments).compile().memory_analysis()
+    state, taught, batch = arguments
+    # What the backward pass needs of the forward one, weights left out: it is made of the rows.
+    saved = _saved(objective, state.params, taught, batch, o) // mesh.size
+    spare = memory.output_size_in_bytes - memory.alias_size_in_bytes  # metrics; the state is reused
+    temporaries = memory.temp_size_in_bytes + max(0, spare)
+    return {
+        "student": _local_bytes(state.params),
+        "optimizer": _local_bytes((state.opt_state, state.step)),
+        "teacher": _local_bytes(taught),
+        "batch": _local_bytes(batch),
+        "activations": min(saved, temporaries),
+        "temporaries": temporaries - min(saved, temporaries),
+    }
+
+
+def _saved(objective: Any, params: Any, taught: Any, batch: Any, o: Plan) -> int:
+    """Return the bytes of a micro-batch's residuals that are not of a parameter's shape."""
+    part = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] // o.accumulate, *x.shape[1:]), x.dtype), batch
+    )
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, taught))
+
+    def backward(params: Any, taught: Any, batch: Any) -> Any:
+        return jax.vjp(lambda p: objective(p, taught, batch)[0], params)[1]
+
+    kept = jax.eval_shape(backward, *bare, part)
+    weights = {leaf.shape for leaf in jax.tree.leaves(bare)}
+    weights |= {shape[1:] for shape in weights} | {shape[::-1] for shape in weights}
+    leaves = [x for x in jax.tree.leaves(kept) if x.shape not in weights]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def _shapes(config: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _placed(tree: Any, mesh: Any, layout: Layout = "sharded") -> Any:
+    return jax.tree.map(
+        lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+        tree,
+        shardings(tree, mesh, layout),
+    )
+
+
+def _local_bytes(tree: Any) -> int:
+    """Return the bytes of a tree's leaves on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
