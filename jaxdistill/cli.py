@@ -32,6 +32,7 @@ from jaxdistill.recipes.parallel import join_hosts
 from jaxdistill.recipes.plan import Plan, plan
 from jaxdistill.recipes.quantize import Quantize, quantize
 from jaxdistill.report.table import choices_table, comparison_table, plan_table, result_table
+from jaxdistill.train.preemption import Stopped, ended_by_sigterm
 
 VERBS = {
     "quantize": Quantize,
@@ -121,19 +122,23 @@ def run(options: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, run, and exit: 0 done, 2 bad input, 130 interrupted."""
+    """Parse, run, and exit: 0 done, 2 bad input or a full disk, 130 and 143 stopped by a signal."""
     try:
-        options = tyro.extras.subcommand_cli_from_dict(
-            VERBS,  # pyright: ignore[reportArgumentType]
-            prog="jaxdistill",
-            description="Make language models and their training data smaller: 4-bit distillation "
-            "with ov-freeze, and data set distillation, in JAX.",
-            args=arguments,
-        )
-        run(options)
+        with ended_by_sigterm():
+            options = tyro.extras.subcommand_cli_from_dict(
+                VERBS,  # pyright: ignore[reportArgumentType]
+                prog="jaxdistill",
+                description="Make language models and their training data smaller: 4-bit "
+                "distillation with ov-freeze, and data set distillation, in JAX.",
+                args=arguments,
+            )
+            run(options)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print("interrupted; go on with --resume where the verb has it", file=sys.stderr)
         sys.exit(130)

@@ -76,7 +76,8 @@ def make_unroll(
 
     Step k is ``params += rates[k] * tx.update(dL/dparams(params, batch_k))``. What ``tx`` freezes
     (``kd.freeze``; leaves of float16 or integers, such as fixed scales, always) stays as it is and
-    has no optimizer state; its gradients are not computed. The result has derivatives by params (within the window), by the float leaves of the batch and by the rates.
+    has no optimizer state; its gradients are not computed. The result has derivatives by params
+    (within the window), by the float leaves of the batch and by the rates.
 
     Args:
         loss: ``(params, batch) -> scalar``; see ``mixed_mode.gradient`` for what it may hold.

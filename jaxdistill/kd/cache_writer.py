@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from jaxdistill._disk import LOCK, DirectoryLock, reason_of, retried
 from jaxdistill.errors import UserError
 from jaxdistill.kd import teachers as _teachers  # noqa: F401  fills the registry
 from jaxdistill.kd.objective import head_of, next_token_targets
@@ -166,29 +168,35 @@ def write_cache(
     path = Path(directory)
     predict = _predictor(several, term, header.k, float(temperature), vocab_size, chunk)
     try:
-        on_primary(lambda: _begin(path, header, resume), f"write {path}")
-        for shard in range(header.shards):
-            start = shard * rows_per_shard
-            stop = min(start + rows_per_shard, len(rows))
-            if is_whole(path, header, shard):
-                if progress is not None:
-                    progress(stop - start, False)
-                continue
-            _write_shard(
-                path,
-                header,
-                shard,
-                _predicted(predict, own, rows, start, stop, batch_size, header, progress),
-            )
+        with contextlib.ExitStack() as held:
+
+            def begin() -> None:
+                begun = _begun(path, header, resume)
+                path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(DirectoryLock(path))
+                if not begun and not _begun(path, header, resume):  # as it is now, no other writer
+                    text = json.dumps(dataclasses.asdict(header), indent=2) + "\n"
+                    _write(path / HEADER, lambda file: file.write(text.encode()))
+
+            on_primary(begin, f"write {path}")
+            for shard in range(header.shards):
+                start = shard * rows_per_shard
+                stop = min(start + rows_per_shard, len(rows))
+                if is_whole(path, header, shard):
+                    if progress is not None:
+                        progress(stop - start, False)
+                    continue
+                parts = _predicted(predict, own, rows, start, stop, batch_size, header, progress)
+                if is_primary():
+                    _write_shard(path, header, shard, parts)
+            wait_for_all("write_cache")
+            for left in path.glob("*.part") if is_primary() else ():
+                left.unlink()
     except OSError as e:
         raise UserError(
-            f"{path} cannot be written ({e.strerror or e}); make room or choose another directory, "
+            f"{path} cannot be written ({reason_of(e)}); make room or choose another directory, "
             "and resume"
         ) from None
-    wait_for_all("write_cache")
-    if is_primary():
-        for left in path.glob("*.part"):
-            left.unlink()
     return open_cache(path, fingerprints)
 
 
@@ -214,15 +222,13 @@ def _predicted(predict, params, rows, start, stop, batch_size, header, progress)
 def _write_shard(
     path: Path, header: CacheHeader, shard: int, parts: Mapping[str, np.ndarray]
 ) -> None:
-    if not is_primary():
-        return
     for part in PARTS:
         assert parts[part].shape == header.shape_of(shard, part)
         _write(shard_file(path, shard, part), functools.partial(np.save, arr=parts[part]))
 
 
-def _begin(path: Path, header: CacheHeader, resume: bool) -> None:
-    """Write ``cache.json``, or check that the cache to resume is of the same."""
+def _begun(path: Path, header: CacheHeader, resume: bool) -> bool:
+    """Return whether a directory holds this cache; raise ``UserError`` if it can be neither."""
     known = path / HEADER
     if known.is_file():
         before, now = read_header(path), header
@@ -237,21 +243,27 @@ def _begin(path: Path, header: CacheHeader, resume: bool) -> None:
                     f"{path} was started with {field.name} {old!r}, now it is {new!r}; resume "
                     "with the same model, data and options, or choose another directory"
                 )
-        return
-    if path.exists() and (not path.is_dir() or any(f.suffix != ".part" for f in path.iterdir())):
+        return True
+
+    def ours(file: Path) -> bool:
+        return file.suffix == ".part" or file.name == LOCK
+
+    if path.exists() and (not path.is_dir() or not all(ours(file) for file in path.iterdir())):
         raise UserError(f"{path} exists and is not a teacher cache; choose another directory")
     if resume:
         raise UserError(f"{path} holds no teacher cache to resume; start it without resume")
-    path.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(header), indent=2) + "\n"
-    _write(known, lambda file: file.write(text.encode()))
+    return False
 
 
 def _write(path: Path, save: Callable[[Any], None]) -> None:
     """Write a file whole or not at all, and surely."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
+
+    def write() -> None:
+        with part.open("wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    retried(write)
     os.replace(part, path)

@@ -138,8 +138,11 @@ def scale_shapes(params: Params, policy: Policy) -> Params:
         weight, spec = node[stem], policy.spec(path)
         if spec is None:
             return {stem: weight}
-        grid = jax.eval_shape(lambda w: choose_grid(w, spec, AXES[stem], name=path), weight)
-        return {stem: weight} | grid_leaves(stem, grid, spec)
+
+        def grid(w: Any) -> Params:
+            return grid_leaves(stem, choose_grid(w, spec, AXES[stem], name=path), spec)
+
+        return {stem: weight} | jax.eval_shape(grid, weight)
 
     return _map_weights(params, shapes)
 

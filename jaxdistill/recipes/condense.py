@@ -6,6 +6,7 @@ the set; say what was learned.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -50,12 +51,18 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
         ``last_loss``, each the mean of a tenth of the updates.
 
     Raises:
-        UserError: any input is wrong; nothing is written then.
+        UserError: any input is wrong, and nothing is written then; a bad loss; or a full disk.
+        Stopped: a signal came while it learned.
     """
-    console = console or Console(stderr=True)
+    with contextlib.ExitStack() as opened:
+        return _condense(o, console or Console(stderr=True), opened)
+
+
+def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> dict[str, Any]:
+    """Do what ``condense`` says; what is closed at its end is entered into ``opened``."""
     began = time.perf_counter()
     if o.examples is not None:
-        run, stored = select_texts(o, console)
+        run, stored = select_texts(o, console, opened)
         save_set(run.path / "set", stored)
         return report_set(run, stored, None, time.perf_counter() - began, console)
 
@@ -71,7 +78,7 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
     model = load_model(o.model).floats() if o.model else None
     if model is None:
         classifier_of(o, read_real(data, level=o.level))
-    run = RunDirectory(o.out, condense_identity(o), resume=o.resume)
+    run = opened.enter_context(RunDirectory(o.out, condense_identity(o), resume=o.resume))
     real = read_real(
         whole,
         level=o.level,
@@ -135,6 +142,7 @@ def _learn(
         fingerprint=real.data.fingerprint(),
         resume=o.resume,
         checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
+        guard=o.guard,
         console=console,
         name="condense",
     )

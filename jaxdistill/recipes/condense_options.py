@@ -11,6 +11,7 @@ import tyro
 
 from jaxdistill.dd.unroll import Unroll
 from jaxdistill.errors import UserError
+from jaxdistill.train.guard import Guard, OnSpike
 
 Learned = Literal[
     "meta-gradient",
@@ -31,6 +32,8 @@ _USED_BY: dict[str, tuple[str, ...]] = {
     "steps": get_args(Learned),
     "lr": get_args(Learned),
     "networks": get_args(Learned),
+    "on_spike": get_args(Learned),
+    "spike_sigma": get_args(Learned),
     "learn_rates": ("meta-gradient", "trajectory-matching"),
     "inner_steps": (*_UNROLLED, "gradient-matching"),
     "inner_rate": (*_UNROLLED, "gradient-matching"),
@@ -141,6 +144,12 @@ class Condense:
     """Of everything random."""
     checkpoint_every: int = 0
     """Updates between checkpoints; 0 for four in a run, -1 for none."""
+    on_spike: OnSpike = "stop"
+    """What a NaN or infinite loss or gradient does, or a spike: stop, or rollback to the last
+    checkpoint and on without the batches since, at most three times."""
+    spike_sigma: float = 0.0
+    """A loss this many robust standard deviations above the median of the last 128 is a spike;
+    0 for none."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run in --out from its last checkpoint."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -173,7 +182,7 @@ class Condense:
             raise UserError("--random-window given without --window; give its length")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise UserError(f"--memory-budget {self.memory_budget} given; accepted: 1 or more")
-        _ = self.unroll
+        _ = self.unroll, self.guard
 
     def _check_effects(self) -> None:
         """Raise ``UserError`` on an option that the method has no use for."""
@@ -194,6 +203,11 @@ class Condense:
         return self.method in get_args(Learned)
 
     @property
+    def guard(self) -> Guard:
+        """Return what is done about bad losses."""
+        return Guard(on_spike=self.on_spike, spike_sigma=self.spike_sigma)
+
+    @property
     def unroll(self) -> Unroll:
         """Return how the inner training is differentiated."""
         budget = self.memory_budget
@@ -208,9 +222,6 @@ class Condense:
 
 def condense_identity(o: Condense) -> dict[str, Any]:
     """Return the options that make a run what it is; a resumed run must have the same."""
-    kept = {
-        k: v
-        for k, v in dataclasses.asdict(o).items()
-        if k not in ("out", "resume", "json", "feature_cache", "checkpoint_every")
-    }
+    free = ("out", "resume", "json", "feature_cache", "checkpoint_every", "on_spike", "spike_sigma")
+    kept = {k: v for k, v in dataclasses.asdict(o).items() if k not in free}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -30,8 +31,12 @@ from jaxdistill.train.run_directory import RunDirectory
 _OUTER = 64  # texts of other pools that are scored after training on a pool
 
 
-def select_texts(o: Condense, console: Console) -> tuple[RunDirectory, StoredSet]:
+def select_texts(
+    o: Condense, console: Console, opened: contextlib.ExitStack
+) -> tuple[RunDirectory, StoredSet]:
     """Select ``o.examples`` texts of plain text; the caller stores them.
+
+    The run directory is entered into ``opened``.
 
     Raises:
         UserError: rows without text, or too few; nothing is written then.
@@ -55,7 +60,7 @@ def select_texts(o: Condense, console: Console) -> tuple[RunDirectory, StoredSet
         check_real(data, o.model, "features")
         model = load_model(o.model or "").floats()
         model.text_tokenizer()
-    run = RunDirectory(o.out, condense_identity(o), resume=o.resume)
+    run = opened.enter_context(RunDirectory(o.out, condense_identity(o), resume=o.resume))
     reading: dict[str, Any] = {}
     found: np.ndarray = nothing[:, None]
     if model is not None:

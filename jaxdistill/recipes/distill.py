@@ -6,6 +6,7 @@ on the data's text, the teacher's or its own; store it; evaluate it beside its t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,10 +81,21 @@ def distill(
         teacher's where none is live, ``"teacher 2"`` and so on where there are several.
 
     Raises:
-        UserError: any input is wrong; nothing is written then.
+        UserError: any input is wrong, and nothing is written then; a bad loss; or a full disk.
+        Stopped: a signal came while it trained.
     """
-    console = console or Console(stderr=True)
+    with contextlib.ExitStack() as opened:
+        return _distill(o, console or Console(stderr=True), known or {}, said, opened)
 
+
+def _distill(
+    o: Distill,
+    console: Console,
+    known: Mapping[str, Any],
+    said: Mapping[str, Any] | None,
+    opened: contextlib.ExitStack,
+) -> Results:
+    """Do what ``distill`` says; what is closed at its end is entered into ``opened``."""
     # Models and data; everything that can be wrong with the input is found before writing.
     loss = parse_loss(o.objective)
     shape = mesh_shape(o)
@@ -114,7 +126,7 @@ def distill(
     guides = tuple(t.params for t in teachers)
     taught = None if o.cache else (guides if len(guides) != 1 else guides[0])
     _check_step(objective, rollout, schedule, student, taught, some[0])
-    run = RunDirectory(o.out, said or identity(o), resume=o.resume)
+    run = opened.enter_context(RunDirectory(o.out, said or identity(o), resume=o.resume))
     if o.text_from == "teacher":
         where = run.path / "teacher_text.npz"
         found = with_teacher_text(
@@ -134,7 +146,7 @@ def distill(
             "bytes": weight_bytes(stored, policy)
         }
 
-    results: Results = dict(known or {})
+    results: Results = dict(known)
     before = student.stored(student.params)
     name = "ptq" if student.policy else "start"
     with console.status("evaluating before training"):
@@ -150,7 +162,7 @@ def distill(
     stored = before
     if o.steps:
         quarter = max(1, o.steps // 4)
-        resumed = last_checkpoint(run.checkpoints) if o.resume else None
+        resumed = last_checkpoint(run.checkpoints, console.print) if o.resume else None
         probe = found.held[: max(1, 2048 // (o.batch_size * o.seq_len))]
         looks = [
             Look(
@@ -188,6 +200,7 @@ def distill(
                 resume=o.resume and (phase.start == 0 or (resumed or 0) > phase.start),
                 checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
                 keep=o.keep,
+                guard=o.guard,
                 looks=looks,
                 console=console,
             )

@@ -19,9 +19,13 @@ from jaxdistill.quant.calibrate import Method
 from jaxdistill.quant.lattice import QuantSpec, Ranges
 from jaxdistill.quant.policy import Policy, default_policy
 from jaxdistill.recipes.parallel import Parallel
+from jaxdistill.train.guard import Guard, OnSpike
 
 # A run may be gone on with elsewhere, and on other devices.
-_NOT_THE_RUN = ("out", "keep", "resume", "json", "mesh", "hosts", "teacher_layout")
+_NOT_THE_RUN = (
+    *("out", "keep", "resume", "json", "on_spike", "spike_sigma"),
+    *("mesh", "hosts", "teacher_layout"),
+)
 _LEAST = {
     "steps": 0,
     "batch_size": 1,
@@ -128,6 +132,12 @@ class Training(Parallel):
     """Steps between checkpoints; 0 for four in a run, -1 for none."""
     keep: int = 2
     """Checkpoints kept."""
+    on_spike: OnSpike = "stop"
+    """What a NaN or infinite loss or gradient does, or a spike: stop, or rollback to the last
+    checkpoint and on without the batches since, at most three times."""
+    spike_sigma: float = 0.0
+    """A loss this many robust standard deviations above the median of the last 128 is a spike;
+    0 for none."""
     resume: bool = False
     """Go on with the run in --out from its last checkpoint."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -147,6 +157,12 @@ class Training(Parallel):
         if not 0 < self.lr < math.inf:
             raise UserError(f"--lr {self.lr} given; accepted: above 0, and finite")
         parse_loss(self.objective)
+        _ = self.guard
+
+    @property
+    def guard(self) -> Guard:
+        """Return what is done about bad losses."""
+        return Guard(on_spike=self.on_spike, spike_sigma=self.spike_sigma)
 
 
 # Options are shown in the order of the bases, the last one first.
@@ -297,8 +313,7 @@ class Distill(Quantization, Training, _Models):
 
 def identity(o: Training) -> dict[str, Any]:
     """Return the options that make a run what it is; a resumed run must have the same."""
-    said = dataclasses.asdict(o)
-    kept = {k: v for k, v in said.items() if k not in _NOT_THE_RUN}
+    kept = {k: v for k, v in dataclasses.asdict(o).items() if k not in _NOT_THE_RUN}
     return {k: _plain(v) for k, v in kept.items()}
 
 

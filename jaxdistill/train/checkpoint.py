@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxdistill._disk import PAUSES, errno_of, is_full, is_passing, reason_of
 from jaxdistill.errors import UserError
+from jaxdistill.train.manifest import damage, seal
+from jaxdistill.train.preemption import agreed
+from jaxdistill.train.run_directory import no_space
 
 _policies = ocp.training.preservation_policies
+_HALF = "*.orbax-checkpoint-tmp*"
 
 
 class Checkpoints(contextlib.AbstractContextManager):
     """Save and restore the states of one run; leaving the context waits for the last save.
 
-    The data's place is the step (batch i is a pure function of data, seed and i), so a checkpoint
-    holds the state and, as metadata, the fingerprint of the data that the step counts in.
+    The data's place is the step (batch i is a pure function of data, seed and i) and the number of
+    batches that rollbacks left out, so a checkpoint holds the state and, as metadata, that number
+    and the fingerprint of the data. Its manifest of checksums is written before it is given its
+    name: a checkpoint that is there was whole. The one before is deleted after that.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs, with its traceback, each error that it raises here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = directory.resolve()
+        self._failures, self._pending = 0, False
         self._orbax = ocp.training.Checkpointer(
             str(self.directory),
             # orbax's own policies do not match its protocol: the argument's type is narrower.
             preservation_policy=_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
+            context=ocp.Context(
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+            ),
         )
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        failed = self.settle()
         self._orbax.close()
+        if failed is not None and kind is None:
+            raise self._lost(failed)
 
     @property
     def latest(self) -> int | None:
@@ -41,11 +59,98 @@ class Checkpoints(contextlib.AbstractContextManager):
         latest = self._orbax.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: Any, fingerprint: str) -> None:
-        """Start to save, after the save before; training may at once go on and donate the state."""
-        # Unforced, orbax leaves out a save that comes while another is under way.
-        self._orbax.wait()
-        self._orbax.save_async(step, state, force=True, custom_metadata={"data": fingerprint})
+    def save(
+        self, step: int, state: Any, fingerprint: str, *, skipped: int = 0, wait: bool = False
+    ) -> None:
+        """Start to save, after the save before; training may at once go on and donate the state.
+
+        A save that fails in a way that may pass is tried up to three times: at once where it fails
+        here, by the next one where it failed in the background.
+
+        Args:
+            step: of the state.
+            state: what is saved.
+            fingerprint: of the data.
+            skipped: batches left out so far.
+            wait: return when it is on disk.
+
+        Raises:
+            UserError: it cannot be written; what was saved before is kept.
+        """
+        failed = self.settle()  # unforced, orbax leaves out a save while another is under way
+        for pause in (*PAUSES, None):
+            if failed is None:
+                try:
+                    self._orbax.save_async(
+                        step,
+                        state,
+                        force=True,
+                        custom_metadata={"data": fingerprint, "skipped": skipped},
+                    )
+                except Exception as e:  # orbax and tensorstore raise many kinds
+                    failed = self._cleared(e)
+                else:
+                    self._pending = True
+                    failed = self.settle() if wait else None
+                    if failed is None:
+                        return
+            self._failures += 1
+            if not is_passing(failed) or pause is None or self._failures > len(PAUSES):
+                raise self._lost(failed)
+            time.sleep(pause)
+            failed = None
+
+    def settle(self) -> Exception | None:
+        """Wait for the save under way; return the error of one that failed, and clear it away."""
+        pending, self._pending = self._pending, False
+        try:
+            self._orbax.wait()
+        except Exception as e:
+            return self._cleared(e)
+        self._failures = 0 if pending else self._failures
+        return None
+
+    def recover(self, say: Callable[[str], None] = print) -> int | None:
+        """Return the last whole checkpoint's step, None where there is none.
+
+        Damaged ones after it are moved to ``damaged-checkpoints`` beside the directory.
+
+        Args:
+            say: is told of each damaged one, in a line.
+
+        Raises:
+            UserError: there are checkpoints and all are damaged; they stay where they are.
+        """
+        first, bad, kept = jax.process_index() == 0, {}, None
+        for step in sorted((c.step for c in self._orbax.checkpoints), reverse=True):
+            reason = damage(self.directory / str(step)) if first else None
+            if not agreed(reason is not None):
+                kept = step
+                break
+            bad[step] = reason
+        if bad and kept is None:
+            step, reason = next(iter(bad.items()))
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} is damaged ({reason}) and none before it "
+                "is whole; start again in another --out"
+            )
+        for step, reason in bad.items():
+            aside = self.directory.parent / "damaged-checkpoints" / str(step)
+            if first:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(aside)
+                say(
+                    f"checkpoint {step} is damaged ({reason}): moved to {aside}; going on from "
+                    f"checkpoint {kept}"
+                )
+        if agreed(bool(bad)):  # all wait for the first process
+            self._orbax.reload()
+        return kept
+
+    def skipped(self, step: int) -> int:
+        """Return how many batches had been left out when a checkpoint was saved."""
+        return int(dict(self._orbax.metadata(step).custom_metadata or {}).get("skipped", 0))  # pyright: ignore
 
     def restore(self, like: Any, fingerprint: str) -> Any:
         """Return the last state, shaped and placed as ``like``.
@@ -79,11 +184,41 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         return state
 
+    def _seal(self) -> None:
+        """Write the manifest into what is about to become a checkpoint; orbax calls it then."""
+        for half in self.directory.glob(_HALF):
+            seal(half)
 
-def last_checkpoint(directory: Path) -> int | None:
-    """Return the step of a run's last whole checkpoint, None where there is none."""
+    def _cleared(self, error: Exception) -> Exception:
+        """Return a failed save's error, its half-written files removed."""
+        if jax.process_index() == 0:
+            for half in self.directory.glob(_HALF):
+                shutil.rmtree(half, ignore_errors=True)
+        # Orbax has struck off what a whole save would have replaced.
+        self._orbax.reload()
+        return error
+
+    def _lost(self, error: Exception) -> Exception:
+        """Return what a save's error means to the user; errors that are no disk's are returned."""
+        if errno_of(error) is None:
+            return error
+        if is_full(error):
+            return UserError(no_space(self.directory.parent, error))
+        last = "no checkpoint" if self.latest is None else f"checkpoint {self.latest}"
+        return UserError(
+            f"{self.directory} cannot be written ({reason_of(error)}); {last} is kept; look at the "
+            "disk, then go on with --resume"
+        )
+
+
+def last_checkpoint(directory: Path, say: Callable[[str], None] = print) -> int | None:
+    """Return the step of a run's last whole checkpoint, None where there is none; see ``recover``.
+
+    Raises:
+        UserError: all are damaged.
+    """
     with Checkpoints(directory) as checkpoints:
-        return checkpoints.latest
+        return checkpoints.recover(say)
 
 
 def _shapes(tree: Any) -> list[str]:

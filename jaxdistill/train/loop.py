@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,10 +16,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxdistill.errors import UserError
 from jaxdistill.kd.objective import Metrics
 from jaxdistill.mesh import place_batch
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.guard import Guard, Watch
+from jaxdistill.train.preemption import StopRequest
 from jaxdistill.train.run_directory import RunDirectory
 
 
@@ -38,17 +38,6 @@ class Look(NamedTuple):
     at_end: bool = True
 
 
-def check_finite(step: int, values: Mapping[str, float | int], kept: int | None) -> None:
-    """Raise ``UserError`` where loss or gradient is NaN or infinite, naming what was kept."""
-    if all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
-        return
-    last = "no checkpoint was saved yet" if kept is None else f"checkpoint {kept} is kept"
-    raise UserError(
-        f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}; {last}; lower "
-        "--lr or look at the data, then start again in another --out"
-    )
-
-
 def train(
     step: Callable[..., tuple[Any, Metrics]],
     state: Any,
@@ -61,54 +50,87 @@ def train(
     resume: bool = False,
     checkpoint_every: int = 0,
     keep: int = 2,
+    guard: Guard = Guard(),  # noqa: B008  frozen
     looks: Sequence[Look] = (),
     console: Console | None = None,
     name: str = "train",
 ) -> Any:
     """Run ``steps`` updates and return the last state.
 
-    A state is saved only after the step that made it had a finite loss and gradient, so the last
-    checkpoint is always a good one.
+    A state is saved only after the step that made it passed the guard, so the last checkpoint is
+    always a good one.
 
     Args:
         step: the jitted ``(state, teacher_params, batch) -> (state, metrics)``; a metric is a
             number, or a pair of sum and count.
         state: the first state; donated. It has a ``step``.
         teacher_params: passed through.
-        data: ``data[i]`` is the batch of step i.
+        data: ``data[i]`` is the batch of step i, or with n batches left out of step i - n.
         steps: updates in all, those before a resume included.
         run: where metrics and checkpoints go.
         fingerprint: of the data, kept with each checkpoint.
         resume: go on from the last checkpoint, where there is one.
         checkpoint_every: steps between checkpoints; 0 saves none.
         keep: checkpoints kept.
+        guard: what is done about NaN and spikes. A rollback needs a checkpoint of this call, or
+            the one that it resumed from.
         looks: see ``Look``.
         console: where progress is shown.
         name: of the work, beside its progress.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT came; the state of the step under way then was saved, where
+            checkpoints are.
+        UserError: a bad loss, or a disk that cannot be written.
     """
-    with Checkpoints(run.checkpoints, keep=keep) as checkpoints, _progress(console) as progress:
-        if resume and checkpoints.latest is not None:
+    with (
+        StopRequest() as stop,
+        Checkpoints(run.checkpoints, keep=keep) as checkpoints,
+        _progress(console) as progress,
+    ):
+
+        def say(line: str) -> None:
+            progress.console.print(line, highlight=False, soft_wrap=True)
+
+        watch, done, oldest, before = Watch(guard, run), int(state.step), int(state.step), 0
+        if resume and (last := checkpoints.recover(say)) is not None:
             state = checkpoints.restore(state, fingerprint)
-        first = int(state.step)
-        run.rewind(first)
-        task = progress.add_task(name, total=steps, completed=first, loss="", rate="")
-        for i in range(first, steps):
+            done, oldest, before = last, last - 1, checkpoints.skipped(last)
+        watch.take_up(done, before)
+        task = progress.add_task(name, total=steps, completed=done, loss="", rate="")
+        while done < steps:
             began = time.perf_counter()
-            batch = data[i]
+            batch = data[done + watch.skipped]
             state, metrics = step(state, teacher_params, place_batch(batch))
             values = {metric: _value(of) for metric, of in metrics.items()}
             seconds = time.perf_counter() - began
-            check_finite(i + 1, values, checkpoints.latest)
+            done += 1
+            if problem := watch.problem(values):
+                checkpoints.settle()
+                kept = checkpoints.latest
+                say(watch.go_back(done, problem, kept, within=(kept or 0) > oldest))
+                assert kept is not None  # said by go_back
+                state = checkpoints.restore(state, fingerprint)
+                done = kept
+                watch.take_up(done, checkpoints.skipped(done))
+                progress.update(task, completed=done)
+                continue
             unit, count = ("tokens", batch["tokens"].size) if "tokens" in batch else ("steps", 1)
             speed = count / seconds
             values |= {f"{unit}_per_second": speed, "seconds": seconds}
-            done = i + 1
             for every, take, at_end in looks:
                 if every and (done % every == 0 or (at_end and done == steps)):
                     values |= take(done, state.params)
             run.log(done, values)
-            if checkpoint_every and (done % checkpoint_every == 0 or done == steps):
-                checkpoints.save(done, state, fingerprint)
+            last, stopping = done == steps, stop.asked()
+            if checkpoint_every and (done % checkpoint_every == 0 or last or stopping):
+                saved = {"skipped": watch.skipped, "wait": last or stopping}
+                checkpoints.save(done, state, fingerprint, **saved)
+            if stopping:
+                kept = (
+                    f"checkpoint {done} is saved" if checkpoint_every else "no checkpoint is kept"
+                )
+                raise stop.stopped(f" after step {done}; {kept}; go on with --resume")
             rate = f"{speed:,.{1 if speed < 100 else 0}f} {unit}/s"
             progress.update(task, advance=1, loss=f"loss {values['loss']:.4f}", rate=rate)
     return state

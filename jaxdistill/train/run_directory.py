@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -12,8 +13,10 @@ from typing import Any
 
 import jax
 
+from jaxdistill._disk import LOCK, DirectoryLock, is_full, reason_of, retried
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import is_primary, on_primary
+from jaxdistill.train.board import Board
 
 _PACKAGES = ("jaxdistill", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -23,6 +26,19 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)
+
+
+def append(path: Path, text: str) -> None:
+    """Append to a file, or leave it as it was where the text cannot be written whole."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(text.encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -37,46 +53,43 @@ def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]
     return rows
 
 
-class RunDirectory:
+class RunDirectory(contextlib.AbstractContextManager):
     """Keep one run's ``config.json``, ``metrics.jsonl``, TensorBoard events and results.
 
     A directory belongs to one configuration: to open it again needs ``resume`` and the same
-    options. Of several processes the first one writes.
+    options. It has one writer at a time, from the opening to ``close`` or the context's end; of
+    several processes the first one writes, and stands for all.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
-        self._board: Any = None
-        on_primary(lambda: self._open(options, resume), f"open {path}")
+        self._board: Board | None = None
+        self._lock: DirectoryLock | None = None
+        try:
+            on_primary(lambda: self._open(options, resume), f"open {path}")
+        except UserError:
+            self.close()
+            raise
 
     def _open(self, options: Mapping[str, Any], resume: bool) -> None:
-        path, known = self.path, self.path / "config.json"
-        if known.is_file():
-            before = _options_of(known)
-            differs = [k for k, v in options.items() if before.get(k) != v]
-            if not resume:
-                raise UserError(
-                    f"{path} already holds a run; pass --resume to go on with it, or choose "
-                    "another --out"
-                )
-            if differs:
-                name = differs[0]
-                raise UserError(
-                    f"{path} was started with {name}={before.get(name)!r}, now {options[name]!r} "
-                    "is given; resume with the same options, or choose another --out"
-                )
-        elif resume:
-            raise UserError(f"{path} holds no run to resume; start it without --resume")
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not a run; choose another --out")
-        else:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                write_json(known, {"options": dict(options), "environment": _environment()})
-            except OSError as e:
-                raise UserError(
-                    f"{path} cannot be written ({e.strerror or e}); choose another --out"
-                ) from None
+        path = self.path
+        began = _check(path, options, resume)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = DirectoryLock(path)
+            if not began:
+                _check(path, options, resume)  # as it is now, with no other writer
+                known = {"options": dict(options), "environment": _environment()}
+                write_json(path / "config.json", known)
+        except OSError as e:
+            raise UserError(
+                f"{path} cannot be written ({e.strerror or e}); choose another --out"
+            ) from None
+
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        self.close()
+        if error is not None and not isinstance(error, UserError) and is_full(error):
+            raise UserError(no_space(self.path, error)) from None
 
     @property
     def checkpoints(self) -> Path:
@@ -90,32 +103,70 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Drop what the logs hold of steps after ``step``: the resumed run will write it again."""
-        if not is_primary():
-            return
+        on_primary(lambda: self._rewind(step), f"write {self.path}")
+
+    def _rewind(self, step: int) -> None:
         for log in {"metrics.jsonl", *(path.name for path in self.path.glob("*.jsonl"))}:
             kept = [row for row in read_metrics(self.path, log) if row["step"] <= step]
             part = self.path / f"{log}.part"
             part.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(part, self.path / log)
+        if self._board is not None:  # the next row begins a file that drops the later steps
+            self._board.close()
+            self._board = None
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append one row to ``metrics.jsonl`` and to TensorBoard."""
         if not is_primary():
             return
         row = {"step": step} | {k: float(v) for k, v in values.items()}
-        with (self.path / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        retried(lambda: append(self.path / "metrics.jsonl", json.dumps(row) + "\n"))
         if self._board is None:
-            from tensorboardX import SummaryWriter  # here, for it imports torch where that is
-
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board = Board(self.path / "tensorboard", step)
+        self._board.add(step, values)
 
     def close(self) -> None:
-        """Flush TensorBoard's events."""
+        """Flush TensorBoard's events, and let the next writer in."""
         if self._board is not None:
             self._board.close()
+        if self._lock is not None:
+            self._lock.close()
+        self._board = self._lock = None
+
+
+def no_space(run: Path, error: BaseException) -> str:
+    """Say in one line that the disk is full, what is kept of a run, and what to do."""
+    names = [p.name for p in (run / "checkpoints").glob("*")]
+    kept = max((int(name) for name in names if name.isdigit()), default=None)
+    what = "no checkpoint was saved yet" if kept is None else f"checkpoint {kept} is kept"
+    return f"{run} has no room ({reason_of(error)}); {what}; free space, then go on with --resume"
+
+
+def _check(path: Path, options: Mapping[str, Any], resume: bool) -> bool:
+    """Return whether a directory holds this run; raise ``UserError`` if it can be neither."""
+    known = path / "config.json"
+    if known.is_file():
+        before = _options_of(known)
+        differs = [k for k, v in options.items() if before.get(k) != v]
+        if not resume:
+            raise UserError(
+                f"{path} already holds a run; pass --resume to go on with it, or choose "
+                "another --out"
+            )
+        if differs:
+            name = differs[0]
+            raise UserError(
+                f"{path} was started with {name}={before.get(name)!r}, now {options[name]!r} "
+                "is given; resume with the same options, or choose another --out"
+            )
+        return True
+    if resume:
+        raise UserError(f"{path} holds no run to resume; start it without --resume")
+    # Left by a run that was killed before it began.
+    ours = (LOCK, "config.json.part")
+    if path.exists() and (not path.is_dir() or any(p.name not in ours for p in path.iterdir())):
+        raise UserError(f"{path} exists and is not a run; choose another --out")
+    return False
 
 
 def _options_of(config: Path) -> dict[str, Any]:

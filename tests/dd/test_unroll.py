@@ -89,7 +89,9 @@ def test_what_is_frozen_stays_and_the_rest_trains_as_if_it_were_a_constant():
         return loss(frozen(params, batch | {"inputs": inputs}, rates, jax.random.key(0)), batch)
 
     def expected(inputs):
-        trained = alone(moving, batch | {"inputs": inputs, "still": still}, rates, jax.random.key(0))
+        trained = alone(
+            moving, batch | {"inputs": inputs, "still": still}, rates, jax.random.key(0)
+        )
         return loss(trained | still, batch)
 
     trained = frozen(params, batch, rates, jax.random.key(0))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill._disk import DirectoryLock
 from jaxdistill.errors import UserError
 from jaxdistill.kd.cache_writer import bytes_per_token, write_cache
 from jaxdistill.kd.objective import kd_objective
@@ -231,6 +232,13 @@ def test_a_killed_writer_resumes_bit_for_bit(tmp_path):
     assert {f.name: f.read_bytes() for f in cut.iterdir()} == {
         f.name: f.read_bytes() for f in whole.iterdir()
     }
+
+
+def test_one_writer_at_a_time(caches, problem):
+    path = caches["float16"].path
+    with DirectoryLock(path), pytest.raises(UserError, match="float16 is being written by proc"):
+        written(path, problem, resume=True)
+    written(path, problem, resume=True)
 
 
 @pytest.mark.parametrize("name", ["model", "tokenizer", "data"])

@@ -1,5 +1,6 @@
-"""Checkpoints: what is saved is what was, the last n are kept, damage, other data are refused."""
+"""Checkpoints: what is saved is what was, damage is noticed, failed writes are heard of."""
 
+import errno
 import shutil
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train import checkpoint, manifest
+from jaxdistill.train.checkpoint import Checkpoints, last_checkpoint
 
 
 def state(value: float):
@@ -89,3 +91,175 @@ def test_other_data_and_other_shapes_are_refused(tmp_path):
         other = state(0.0) | {"w": {"kernel": jnp.zeros((8, 8)), "kernel_scale": jnp.zeros(4)}}
         with pytest.raises(UserError, match=r"cannot be restored \(it is of another model or opt"):
             checkpoints.restore(other, "abc")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Three checkpoints, 1 to 3, of a state that does not compress to nothing."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    noise = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+    with Checkpoints(folder, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, noise | {"step": jnp.asarray(step)}, "data", skipped=step)
+    return folder, noise
+
+
+def files_of(step):
+    return sorted(p for p in step.rglob("*") if p.is_file() and p.name != "commit_success.txt")
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_changed_byte_anywhere_is_noticed(saved):
+    """Of the array data above all, which tensorstore hands out as it finds them."""
+    step = saved[0] / "3"
+    data = max(files_of(step), key=lambda p: p.stat().st_size)
+    assert data.stat().st_size > 64 * 64 * 3 and manifest.damage(step) is None
+    for file in files_of(step):
+        if file.name == "_CHECKPOINT_METADATA":  # it also holds times
+            continue
+        for at in (0, file.stat().st_size // 2, -1):
+            flip(file, at)
+            assert manifest.damage(step) is not None, (file.name, at)
+            flip(file, at)
+    text = (step / "_CHECKPOINT_METADATA").read_text()
+    assert '"skipped": 3' in text
+    (step / "_CHECKPOINT_METADATA").write_text(text.replace('"skipped": 3', '"skipped": 4'))
+    assert manifest.damage(step) == "_CHECKPOINT_METADATA has other values"
+    (step / "_CHECKPOINT_METADATA").write_text(text)
+    assert manifest.damage(step) is None
+
+
+def remove_array(step):
+    max(files_of(step), key=lambda p: p.stat().st_size).unlink()
+
+
+def cut_array(step):
+    file = max(files_of(step), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip_array(step):
+    flip(max(files_of(step), key=lambda p: p.stat().st_size), 1000)
+
+
+def add_file(step):
+    (step / "state" / "more").write_text("x")
+
+
+def cut_manifest(step):
+    (step / "manifest.json").write_text('{"files": ')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (cut_array, " bytes, not "),
+        (remove_array, " is missing"),
+        (remove_state, " is missing"),
+        (flip_array, " has other bytes"),
+        (add_file, "state/more does not belong to it"),
+        (cut_manifest, "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(saved, tmp_path, spoil, reason):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved[0], folder)
+    spoil(folder / "3")
+    said = []
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.recover(said.append) == 2
+        assert checkpoints.latest == 2 and checkpoints.skipped(2) == 2
+        got = checkpoints.restore(saved[1] | {"step": jnp.asarray(0)}, "data")
+        np.testing.assert_array_equal(got["w"], saved[1]["w"])
+        checkpoints.save(3, got, "data")  # in its place
+    (line,) = said
+    aside = tmp_path / "damaged-checkpoints" / "3"
+    assert line.startswith("checkpoint 3 is damaged (") and reason in line
+    assert line.endswith(f"): moved to {aside}; going on from checkpoint 2")
+    assert aside.is_dir() and last_checkpoint(folder, said.append) == 3
+
+
+def test_where_all_are_damaged_it_says_so_and_leaves_them(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "c")
+    for step in (1, 2, 3):
+        flip_array(tmp_path / "c" / str(step))
+    with pytest.raises(UserError) as e:
+        last_checkpoint(tmp_path / "c")
+    assert str(e.value).startswith(f"checkpoint {tmp_path / 'c' / '3'} is damaged (")
+    assert str(e.value).endswith(") and none before it is whole; start again in another --out")
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1", "2", "3"]
+
+
+def test_one_without_a_manifest_is_taken_as_it_is(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "c")
+    (tmp_path / "c" / "3" / "manifest.json").unlink()
+    assert last_checkpoint(tmp_path / "c") == 3
+
+
+class Disk:
+    """Makes the writing of manifests, in orbax's background thread, fail as a disk would."""
+
+    def __init__(self, monkeypatch, *numbers):
+        self.left, self.really = list(numbers), manifest.seal
+        monkeypatch.setattr(checkpoint, "seal", self.seal)
+        monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
+
+    def seal(self, directory):
+        if self.left and (number := self.left.pop(0)):
+            raise OSError(number, "no")
+        self.really(directory)
+
+
+def test_a_full_disk_is_heard_of_at_the_next_save(tmp_path, monkeypatch):
+    Disk(monkeypatch, 0, errno.ENOSPC)
+    run = tmp_path / "run"
+    with pytest.raises(UserError) as e, Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, state(1.0), "data")
+        checkpoints.save(2, state(2.0), "data")
+        checkpoints.save(3, state(3.0), "data")
+    assert str(e.value) == (
+        f"{run} has no room (No space left on device); checkpoint 1 is kept; free space, then go "
+        "on with --resume"
+    )
+    # What was half written is gone, and what it would have replaced is there.
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["1"]
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert int(checkpoints.restore(state(0.0), "data")["step"]) == 1
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_full_disk_is_heard_of_at_the_end(wait, tmp_path, monkeypatch):
+    Disk(monkeypatch, errno.EDQUOT)
+    with (
+        pytest.raises(
+            UserError, match="has no room .Disk quota exceeded.; no checkpoint was saved"
+        ),
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+    ):
+        checkpoints.save(1, state(1.0), "data", wait=wait)
+
+
+def test_what_may_pass_is_saved_again(tmp_path, monkeypatch):
+    Disk(monkeypatch, errno.EIO, errno.EIO, 0, errno.EIO)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state(1.0), "data", wait=True)
+        assert checkpoints.latest == 1
+        checkpoints.save(2, state(2.0), "data")
+        checkpoints.save(3, state(3.0), "data")  # hears that 2 failed, and is its second try
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
+
+
+def test_the_third_failure_ends_the_run(tmp_path, monkeypatch):
+    Disk(monkeypatch, 0, *[errno.EIO] * 9)
+    with (
+        pytest.raises(UserError, match="cannot be written .Input/output error.; checkpoint 1 is k"),
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+    ):
+        for step in range(1, 9):
+            checkpoints.save(step, state(step), "data")
+    assert step == 5  # 2, 3 and 4 failed

@@ -8,6 +8,7 @@ from rich.console import Console
 from jaxdistill.errors import UserError
 from jaxdistill.kd.step import TrainState
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.guard import Guard
 from jaxdistill.train.loop import Look, train
 from jaxdistill.train.run_directory import RunDirectory, read_metrics
 
@@ -19,12 +20,18 @@ class Data:
         return {"tokens": np.full((2, 4), i, np.int32)}
 
 
-def step_that_breaks_at(bad):
+def updated(w, i):
+    return w * 1.5 + i
+
+
+def step_of(bad, during_step, during_batch):
     def step(state, teacher, batch):
         i = int(batch["tokens"][0, 0])
-        loss = jnp.asarray(np.nan if i == bad else 1.0 / (i + 1), jnp.float32)
+        for actions, at in ((during_step, int(state.step) + 1), (during_batch, i)):
+            actions.get(at, lambda: None)()
+        loss = jnp.asarray(np.nan if i in bad else 1.0 / (i + 1), jnp.float32)
         one = jnp.ones(())
-        params = {"w": state.params["w"] * 1.5 + i}
+        params = {"w": updated(state.params["w"], i)}
         new = TrainState(step=state.step + 1, params=params, opt_state=state.opt_state)
         return new, {"loss": (loss, one), "grad_norm": (one, one)}
 
@@ -35,32 +42,60 @@ def fresh():
     return TrainState(step=jnp.zeros((), jnp.int32), params={"w": jnp.ones(3)}, opt_state=())
 
 
-def go(path, steps, bad=None, resume=False):
-    run = RunDirectory(path, {"steps": 9}, resume=resume)
-    return train(
-        step_that_breaks_at(bad),
-        fresh(),
-        None,
-        Data(),
-        steps=steps,
-        run=run,
-        fingerprint="f",
-        resume=resume,
-        checkpoint_every=2,
-        looks=[
-            Look(3, lambda _, params: {"eval/kl": float(params["w"][0])}),
-            Look(4, lambda step, _: {"number": step}, at_end=False),
-        ],
-        console=Console(quiet=True),
-    )
+def params_after(numbers):
+    """The params that batches of these numbers make."""
+    w = fresh().params["w"]
+    for i in numbers:
+        w = updated(w, i)
+    return w
+
+
+def go(
+    path,
+    steps,
+    bad=(),
+    resume=False,
+    checkpoint_every=2,
+    guard=Guard(),  # noqa: B008
+    during_step={},  # noqa: B006  what to do in a step, by its number
+    during_batch={},  # noqa: B006
+    during_look={},  # noqa: B006
+    quiet=True,
+):
+    def look(step, params):
+        during_look.get(step, lambda: None)()
+        return {"eval/kl": float(params["w"][0])}
+
+    with RunDirectory(path, {"steps": 9}, resume=resume) as run:
+        return train(
+            step_of(bad, during_step, during_batch),
+            fresh(),
+            None,
+            Data(),
+            steps=steps,
+            run=run,
+            fingerprint="f",
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            guard=guard,
+            looks=[Look(3, look), Look(4, lambda step, _: {"number": step}, at_end=False)],
+            console=Console(stderr=True, quiet=quiet),
+        )
+
+
+def timeless(path):
+    """A run's metrics without its clock's."""
+    rows = read_metrics(path)
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path):
     with pytest.raises(UserError) as e:
-        go(tmp_path / "r", 9, bad=5)
+        go(tmp_path / "r", 9, bad=[5])
     assert str(e.value) == (
-        "loss nan, gradient norm 1.0 at step 6; checkpoint 4 is kept; lower --lr or look at the "
-        "data, then start again in another --out"
+        "loss nan, gradient norm 1.0 at step 6; checkpoint 4 is kept; go on without the batches "
+        "since by --resume --on-spike rollback, or lower --lr or look at the data, then start "
+        "again in another --out"
     )
     with Checkpoints(tmp_path / "r" / "checkpoints") as checkpoints:
         assert checkpoints.latest == 4
@@ -71,12 +106,9 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path):
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = go(tmp_path / "whole", 9)
     with pytest.raises(UserError):
-        go(tmp_path / "cut", 9, bad=6)
+        go(tmp_path / "cut", 9, bad=[6])
     resumed = go(tmp_path / "cut", 9, resume=True)
     np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
-    rows = [read_metrics(tmp_path / name) for name in ("whole", "cut")]
-    timeless = [
-        [{k: v for k, v in row.items() if "second" not in k} for row in part] for part in rows
-    ]
-    assert timeless[0] == timeless[1]
-    assert [row["step"] for row in rows[0] if "eval/kl" in row] == [3, 6, 9]
+    rows = timeless(tmp_path / "whole")
+    assert rows == timeless(tmp_path / "cut")
+    assert [row["step"] for row in rows if "eval/kl" in row] == [3, 6, 9]

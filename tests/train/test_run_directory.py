@@ -1,11 +1,14 @@
-"""The run directory: one configuration each, metrics that rewind, refusals that write nothing."""
+"""The run directory: one configuration and one writer each, metrics that rewind, a full disk."""
 
+import errno
 import json
+import resource
 
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.train.run_directory import RunDirectory, read_metrics
+from jaxdistill.train.board import Board
+from jaxdistill.train.run_directory import RunDirectory, append, read_metrics
 
 
 def test_explains_itself_and_rewinds(tmp_path):
@@ -33,7 +36,7 @@ def test_explains_itself_and_rewinds(tmp_path):
 
 
 def test_refusals(tmp_path):
-    RunDirectory(tmp_path / "r", {"lr": 0.1}, resume=False)
+    RunDirectory(tmp_path / "r", {"lr": 0.1}, resume=False).close()
     cases = [
         ("r", {"lr": 0.1}, False, "already holds a run; pass --resume to go on with it, or choose"),
         ("r", {"lr": 0.2}, True, "was started with lr=0.1, now 0.2 is given; resume with the same"),
@@ -48,3 +51,78 @@ def test_refusals(tmp_path):
         assert str(e.value).startswith(f"{tmp_path / name} {message}")
     assert not (tmp_path / "none").exists()
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with RunDirectory(tmp_path / "r", {"lr": 0.1}, resume=False):
+        with pytest.raises(UserError, match="r is being written by process "):
+            RunDirectory(tmp_path / "r", {"lr": 0.1}, resume=True)
+    RunDirectory(tmp_path / "r", {"lr": 0.1}, resume=True).close()
+
+
+def test_a_run_killed_before_it_began_is_no_hindrance(tmp_path):
+    (tmp_path / "r").mkdir()
+    for name in (".lock", "config.json.part"):
+        (tmp_path / "r" / name).write_text("left")
+    RunDirectory(tmp_path / "r", {"lr": 0.1}, resume=False).close()
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["options"] == {"lr": 0.1}
+
+
+def test_a_full_disk_ends_a_run_in_one_line(tmp_path):
+    with pytest.raises(UserError) as e, RunDirectory(tmp_path / "r", {}, resume=False) as run:
+        (run.checkpoints / "20").mkdir(parents=True)
+        (run.checkpoints / "30.orbax-checkpoint-tmp").mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(e.value) == (
+        f"{tmp_path / 'r'} has no room (No space left on device); checkpoint 20 is kept; free "
+        "space, then go on with --resume"
+    )
+    with pytest.raises(OSError, match="no such"), RunDirectory(tmp_path / "r", {}, resume=True):
+        raise OSError(errno.ENOENT, "no such file")
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow past 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_row_that_cannot_be_written_whole_is_not_written(tmp_path, small_files):
+    file = tmp_path / "metrics.jsonl"
+    append(file, "x" * 69 + "\n")
+    small_files()
+    with pytest.raises(OSError, match="File too large"):
+        append(file, "y" * 39 + "\n")
+    assert file.read_text() == "x" * 69 + "\n"
+
+
+def test_tensorboard_s_events_are_there(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    board = Board(tmp_path, 7)
+    board.add(7, {"loss": 0.5})
+    board.close()
+    (file,) = tmp_path.iterdir()
+    data, events = file.read_bytes(), []
+    while data:  # a TFRecord: length, its checksum, the event, its checksum
+        size = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    version, start, row = events
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (7, SessionLog.START)
+    (value,) = row.summary.value
+    assert (row.step, value.tag, value.simple_value) == (7, "loss", 0.5)
+
+
+def test_no_run_ends_for_tensorboard(tmp_path, small_files):
+    """SummaryWriter would wait for ever for its thread, which a failed write has ended."""
+    board = Board(tmp_path, 1)
+    small_files()
+    for step in range(1000):
+        board.add(step, {"loss": 1.0})
+    board.close()
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size <= 100

@@ -1,0 +1,127 @@
+"""What a disk does to a run: one writer at a time, writes that are tried again, no space left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from jaxdistill.errors import UserError
+
+T = TypeVar("T")
+
+PAUSES = (0.5, 2.0)  # seconds before the second and the third try of a write
+LOCK = ".lock"
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What may be over in a moment: a network file system's hiccups, a device that answers late.
+_PASSING = (
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EINTR,
+    errno.EIO,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def errno_of(error: BaseException | None) -> int | None:
+    """Return the operating system's number for what made a read or write fail; None for others.
+
+    Tensorstore's errors are no ``OSError``; they hold the number in their text.
+    """
+    seen = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if found := re.search(r"(?:OS error|errno) (\d+)", str(error), re.IGNORECASE):
+            return int(found[1])
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether a write failed for want of space, quota, or a larger limit on files."""
+    return errno_of(error) in _FULL
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether a read or write failed in a way that may be over in a moment."""
+    return errno_of(error) in _PASSING
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error as a few words."""
+    number = errno_of(error)
+    if number is not None:
+        return os.strerror(number)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def retried(write: Callable[[], T]) -> T:
+    """Return what ``write`` returns; call it up to three times where what fails may pass.
+
+    Raises:
+        OSError: the third failure, or the first one that will not pass.
+    """
+    for pause in PAUSES:
+        try:
+            return write()
+        except OSError as e:
+            if not is_passing(e):
+                raise
+        time.sleep(pause)
+    return write()
+
+
+class DirectoryLock(contextlib.AbstractContextManager):
+    """Keep a directory to one writer, by the kernel's advisory lock (flock) on ``DIR/.lock``.
+
+    The kernel lets go when the process ends, however it ends, so a file left behind stands in
+    nobody's way. A file system that has no locks gives none, and nothing is kept.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            UserError: another process holds it, or another object in this one.
+        """
+        self._file: int | None = None
+        file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            holder = os.read(file, 200).decode(errors="replace").strip()
+            os.close(file)
+            if e.errno in _NO_LOCKS:
+                return
+            if not isinstance(e, BlockingIOError):
+                raise
+            raise UserError(
+                f"{directory} is being written by {holder or 'another process'}; wait for it or "
+                "stop it, or choose another directory"
+            ) from None
+        self._file = file
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go."""
+        if self._file is not None:
+            os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = None
