@@ -9,18 +9,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
-from jaxdistill.dd.condense import CondenseState, init_condense, make_condense_step
 from jaxdistill.dd.selection import select
 from jaxdistill.dd.stored_set import StoredSet, save_set
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.models.hub import load_model
-from jaxdistill.recipes.condense_data import Real, check_real, read_real
+from jaxdistill.recipes.condense_data import check_real, read_real, shape_of
+from jaxdistill.recipes.condense_language import learn_rows
+from jaxdistill.recipes.condense_learn import learn, learning
 from jaxdistill.recipes.condense_methods import (
     batches_of,
     classifier_of,
@@ -33,7 +32,6 @@ from jaxdistill.recipes.condense_options import Condense, condense_identity
 from jaxdistill.recipes.condense_report import nearest_texts, report_set, settings_of
 from jaxdistill.recipes.condense_texts import quotas_of, select_texts
 from jaxdistill.train.labelled import held_out_rows, load_labelled, slices_of
-from jaxdistill.train.loop import train
 from jaxdistill.train.run_directory import RunDirectory
 
 
@@ -55,7 +53,7 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(stderr=True)
     began = time.perf_counter()
     if o.examples is not None:
-        run, stored = select_texts(o, console)
+        run, stored = (learn_rows if o.learns else select_texts)(o, console)
         save_set(run.path / "set", stored)
         return report_set(run, stored, None, time.perf_counter() - began, console)
 
@@ -69,8 +67,7 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
     groups, quotas = quotas_of(data, slices, o.per_class, o.per_slice)
     select("random", np.zeros(len(data)), groups, quotas)  # says which group is too small
     model = load_model(o.model).floats() if o.model else None
-    if model is None:
-        classifier_of(o, read_real(data, level=o.level))
+    net = classifier_of(o, *shape_of(data, o.level, model, o.seq_len), len(data.classes))
     run = RunDirectory(o.out, condense_identity(o), resume=o.resume)
     real = read_real(
         whole,
@@ -81,13 +78,16 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
         cache=o.feature_cache or o.out,
         console=console,
     ).take(learned_from)
-    net = classifier_of(o, real)
 
     # The set: selected, or learned from a start.
     if o.learns:
         rows = select("random", real.features, groups, quotas, o.seed)
         weights = draw_weights(groups, quotas, slices)
-        synthetic = _learn(o, real, net, first_set(o, real, rows), weights, run, console)
+        meta_loss = meta_loss_of(o, net, len(data.classes))
+        batches = batches_of(o, real, net, weights)
+        print_ = real.data.fingerprint()
+        what = learning(o, first_set(o, real, rows), meta_loss, batches, print_)
+        synthetic = learn(o, what, run, console)
     else:
         with console.status("selecting"):
             rows = selected(o, real, net, groups, quotas)
@@ -107,36 +107,3 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
     )
     save_set(run.path / "set", stored)
     return report_set(run, stored, real, time.perf_counter() - began, console)
-
-
-def _learn(
-    o: Condense,
-    real: Real,
-    net: Any,
-    start: Synthetic,
-    weights: np.ndarray | None,
-    run: RunDirectory,
-    console: Console,
-) -> Synthetic:
-    """Return the learned set."""
-    tx = optax.adam(optax.cosine_decay_schedule(o.lr, o.steps))
-    state = init_condense(start, tx, o.seed)
-    step = make_condense_step(meta_loss_of(o, net, len(real.data.classes)), tx, networks=o.networks)
-    batches = batches_of(o, real, net, weights)
-    jax.eval_shape(step, state, batches[0])  # says what cannot be computed, before training
-    quarter = max(1, o.steps // 4)
-    state = train(
-        lambda state, _, batch: step(state, batch),  # pyright: ignore[reportArgumentType]
-        state,
-        None,
-        batches,
-        steps=o.steps,
-        run=run,
-        fingerprint=real.data.fingerprint(),
-        resume=o.resume,
-        checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
-        console=console,
-        name="condense",
-    )
-    assert isinstance(state, CondenseState)
-    return state.synthetic

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import tyro
 
 from jaxdistill.dd.unroll import Unroll
@@ -21,7 +22,19 @@ Learned = Literal[
 ]
 Selected = Literal["random", "herding", "k-center", "el2n", "meta-gradient-score"]
 Architecture = Literal["linear", "mlp", "deep_mlp", "convnet", "transformer"]
-_PLAIN = ("random", "herding", "k-center", "meta-gradient-score")  # need no labels
+# Need no labels; the last one learns rows of embeddings, the others select texts.
+_PLAIN = ("random", "herding", "k-center", "meta-gradient-score", "meta-gradient")
+# Of no use to rows that are learned for one language model's student.
+_NOT_FOR_ROWS = (
+    "feature_batch",
+    "feature_cache",
+    "architecture",
+    "width",
+    "start",
+    "networks",
+    "slice",
+    "per_slice",
+)
 
 _UNROLLED = ("meta-gradient", "trajectory-matching", "meta-gradient-score")
 # Options that only some methods have a use for.
@@ -80,7 +93,8 @@ class Condense:
     per_class: int | None = None
     """Examples of each class."""
     examples: int | None = None
-    """Examples in all, of plain text for language models."""
+    """Examples in all, of plain text for language models: texts selected or, by meta-gradient,
+    rows of input embeddings with the teacher's answers, learned."""
     method: Learned | Selected = "meta-gradient"
     """How: learned (the first five), or real examples selected."""
     model: str | None = None
@@ -88,8 +102,13 @@ class Condense:
     level: Literal["features", "embeddings"] = "features"
     """What an example of text is: the model's mean-pooled hidden states, or its input
     embeddings."""
+    student_init: tuple[str, ...] = ()
+    """Of learned rows: what is made of --model for the student that trains on them, as in
+    `jaxdistill distill`: cut:layers=N, cut:intermediate=N,heads=N."""
+    bits: Literal["none", 2, 3, 4, 8] = "none"
+    """Of learned rows: bits of a weight of that student's linear layers; none for float."""
     seq_len: int = 64
-    """Tokens of a text that are read."""
+    """Tokens of a text that are read; of a learned row, its places."""
     feature_batch: int = 16
     """Texts that the model reads at once."""
     feature_cache: Path | None = None
@@ -102,7 +121,7 @@ class Condense:
     start: Literal["real", "noise"] = "real"
     """What learned examples start from."""
     soft_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Learn the labels too, as probabilities."""
+    """Learn the labels too, as probabilities; of learned rows, the teacher's answers."""
     learn_rates: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Learn the inner learning rates: one a step (trajectory-matching: one)."""
     inner_steps: int = 20
@@ -128,7 +147,7 @@ class Condense:
     networks: int = 1
     """Fresh networks that an update is the mean of."""
     batch_size: int = 256
-    """Real examples an update."""
+    """Real examples (rows of text) an update."""
     experts: int = 4
     """Networks trained on the real data, whose trajectories are matched or who score examples."""
     expert_steps: int = 100
@@ -147,6 +166,9 @@ class Condense:
     """Print one JSON object as the last line."""
 
     def __post_init__(self) -> None:
+        for name, given in vars(self).items():
+            if isinstance(given, np.generic):  # which JSON does not know
+                object.__setattr__(self, name, given.item())
         for name, least in _LEAST.items():
             given = getattr(self, name)
             if given is not None and given < least:
@@ -166,6 +188,7 @@ class Condense:
                 f"--method {self.method} given for plain text; accepted: {', '.join(_PLAIN)}; "
                 "choose one, or give labelled data and --per-class"
             )
+        self._check_rows()
         if bool(self.slice) != bool(self.per_slice):
             raise UserError("--slice and --per-slice belong together; give both, or neither")
         self._check_effects()
@@ -187,6 +210,36 @@ class Condense:
                 )
         if self.slice and self.start == "noise":
             raise UserError("--slice given with --start noise, which belongs to no slice; drop one")
+
+    def _check_rows(self) -> None:
+        """Raise ``UserError`` on what rows for a language model are not learned with."""
+        student = self.student_init or self.bits != "none"
+        if self.examples is None or not self.learns:
+            if student:
+                flag = "student-init" if self.student_init else "bits"
+                raise UserError(
+                    f"--{flag} given, which is of the student that learns from learned rows; "
+                    "accepted with --examples and --method meta-gradient; leave it out"
+                )
+            return
+        if self.model is None:
+            raise UserError(
+                "no teacher for rows that are learned for language models; give --model, an HF "
+                "directory, a .gguf file or a hub name, or select texts: --method random"
+            )
+        if not student:
+            raise UserError(
+                "the student that trains on the rows is its teacher, which has nothing to learn; "
+                "give --student-init or --bits, or select texts: --method random"
+            )
+        own = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in _NOT_FOR_ROWS:
+            if getattr(self, name) != own[name]:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--{flag} given with rows that are learned for language models, which have "
+                    "no use for it; leave it out, or select texts: --method random"
+                )
 
     @property
     def learns(self) -> bool:

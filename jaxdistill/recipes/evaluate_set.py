@@ -127,15 +127,12 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
     stored = load_set(directory)
     if not stored.classes or stored.level == "text":
         raise UserError(
-            f"{directory} holds texts for language models, without classes; train on it with "
+            f"{directory} holds text for language models, without classes; train on it with "
             "`jaxdistill distill --data`, or give a set of labelled data"
         )
-    reading = stored.settings.get("reading")
-    if not isinstance(reading, dict):
-        raise UserError(
-            f"{directory} does not say how its data were read; give a set that `jaxdistill "
-            "condense` made"
-        )
+    reading = _reading(stored, directory)
+    if o.data is None and not {"data", "data_fingerprint"} <= set(stored.settings):
+        raise UserError(f"{directory} does not say what it was made of; name the data with --data")
     test_data = load_labelled(o.test, "test", classes=stored.classes)
     train_data = load_labelled(o.data or stored.settings["data"], classes=stored.classes)
     print_ = train_data.fingerprint()
@@ -228,6 +225,24 @@ def _where(given: Path) -> tuple[Path, Path]:
     return (given, inside) if inside.is_dir() else (given.absolute().parent, given)
 
 
+def _reading(stored: StoredSet, directory: Path) -> dict[str, Any]:
+    """Return how a set's data were read; raise ``UserError`` where it does not say what it must."""
+    if "labels" not in stored.synthetic.batch():
+        raise UserError(
+            f"{directory} has no labels, and selections of as many a class stand beside it; give "
+            "a set that `jaxdistill condense` made of labelled data"
+        )
+    reading = stored.settings.get("reading")
+    reads = {} if not isinstance(reading, dict) else reading
+    missing = [f"reading/{k}" for k in ("level", "shape", "model") if k not in reads]
+    if missing:
+        raise UserError(
+            f"{directory} does not say how its data were read (no {', '.join(missing)} among its "
+            "settings); give a set that `jaxdistill condense` made"
+        )
+    return reads
+
+
 def _batch(real: Real, rows: np.ndarray) -> dict[str, Any]:
     labels = jnp.asarray(real.data.labels[rows])
     return {"inputs": jnp.asarray(real.inputs(rows)), "labels": labels}
@@ -245,7 +260,7 @@ def _sets(
 
     size = stored.synthetic.size
     yield "set", (each(own), size)
-    labels = np.asarray(stored.synthetic.batch()["labels"])
+    labels = stored.labels()[0]
     if stored.texts is not None and "rows" in stored.settings and _is_learned(stored):
         as_text = Labelled(labels=labels, classes=stored.classes, texts=list(stored.texts))
         inputs = jnp.asarray(read(as_text).all_inputs())
