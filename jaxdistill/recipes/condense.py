@@ -1,7 +1,7 @@
 """Data set distillation, the whole job: many real examples into a few that train as well.
 
-Load data and the model that reads them; choose real examples, or start from them and learn; store
-the set; say what was learned.
+Load data and the model that reads them; choose real examples, start from them and learn, or let the
+model write some; store the set; say what was learned.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from jaxdistill.recipes.condense_methods import (
 from jaxdistill.recipes.condense_options import Condense, condense_identity
 from jaxdistill.recipes.condense_report import nearest_texts, report_set, settings_of
 from jaxdistill.recipes.condense_texts import quotas_of, select_texts
+from jaxdistill.recipes.condense_words import likely_texts, words_alone, written_set
 from jaxdistill.train.labelled import held_out_rows, load_labelled, slices_of
 from jaxdistill.train.run_directory import RunDirectory
 
@@ -80,7 +81,10 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
     ).take(learned_from)
 
     # The set: selected, or learned from a start.
-    if o.learns:
+    rows, texts = np.zeros(0, np.int64), None
+    if o.method == "generated":
+        synthetic, texts = written_set(o, real, net, console)
+    elif o.learns:
         rows = select("random", real.features, groups, quotas, o.seed)
         weights = draw_weights(groups, quotas, slices)
         meta_loss = meta_loss_of(o, net, len(data.classes))
@@ -95,12 +99,18 @@ def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
             learned={"inputs": jnp.asarray(real.inputs(rows), jnp.float32)},
             fixed={"labels": jnp.asarray(data.labels[rows])},
         )
+    if texts is None:
+        texts = nearest_texts(o, real, synthetic, rows)
+    if o.as_text == "perplexity":
+        with console.status("searching for likely texts"):
+            texts = likely_texts(o, real, synthetic)
+    as_text = o.as_text is not None or o.method == "generated"
     stored = StoredSet(
-        synthetic=synthetic,
-        level=real.level,
+        synthetic=words_alone(synthetic) if as_text else synthetic,
+        level="text" if as_text else real.level,
         method=o.method,
         classes=data.classes,
-        texts=nearest_texts(o, real, synthetic, rows),
+        texts=texts,
         settings=settings_of(o, real.reading, whole.fingerprint(), learned_from[rows])
         | {"architecture": net.name, "width": o.width},
         slices={name: np.flatnonzero(mask[rows]).tolist() for name, mask in slices.items()},

@@ -21,6 +21,7 @@ Learned = Literal[
     "kernel-ridge",
 ]
 Selected = Literal["random", "herding", "k-center", "el2n", "meta-gradient-score"]
+Written = Literal["generated"]
 Architecture = Literal["linear", "mlp", "deep_mlp", "convnet", "transformer"]
 # Need no labels; the last one learns rows of embeddings, the others select texts.
 _PLAIN = ("random", "herding", "k-center", "meta-gradient-score", "meta-gradient")
@@ -52,7 +53,10 @@ _USED_BY: dict[str, tuple[str, ...]] = {
         _UNROLLED,
     ),
     "experts": ("trajectory-matching", "el2n", "meta-gradient-score"),
-    "expert_steps": ("trajectory-matching", "el2n"),
+    "expert_steps": ("trajectory-matching", "el2n", "generated"),
+    "as_text": get_args(Learned),
+    "prompt": (*get_args(Learned), "generated"),
+    "written": ("generated",),
     "slice": tuple(
         method
         for method in (*get_args(Learned), *get_args(Selected))
@@ -76,6 +80,7 @@ _LEAST = {
     "batch_size": 1,
     "experts": 1,
     "expert_steps": 2,
+    "written": 1,
     "seed": 0,
     "checkpoint_every": -1,
 }
@@ -95,13 +100,22 @@ class Condense:
     examples: int | None = None
     """Examples in all, of plain text for language models: texts selected or, by meta-gradient,
     rows of input embeddings with the teacher's answers, learned."""
-    method: Learned | Selected = "meta-gradient"
-    """How: learned (the first five), or real examples selected."""
+    method: Learned | Selected | Written = "meta-gradient"
+    """How: learned (the first five), real examples selected, or texts that --model writes for each
+    class, confirmed by a classifier of the real data (generated)."""
     model: str | None = None
     """Model that reads the texts: an HF directory, a .gguf file, a run directory or a hub name."""
     level: Literal["features", "embeddings"] = "features"
     """What an example of text is: the model's mean-pooled hidden states, or its input
     embeddings."""
+    as_text: Literal["nearest", "perplexity"] | None = None
+    """Store learned embeddings as texts: of the nearest tokens, or of near ones that --model finds
+    likely."""
+    prompt: str | None = None
+    """What --model is asked for a text of a class, {label} being its name; with --as-text
+    perplexity, what stands before the text."""
+    written: int = 32
+    """Texts written for each class, of which --per-class are kept."""
     student_init: tuple[str, ...] = ()
     """Of learned rows: what is made of --model for the student that trains on them, as in
     `jaxdistill distill`: cut:layers=N, cut:intermediate=N,heads=N."""
@@ -189,6 +203,7 @@ class Condense:
                 "choose one, or give labelled data and --per-class"
             )
         self._check_rows()
+        self._check_words()
         if bool(self.slice) != bool(self.per_slice):
             raise UserError("--slice and --per-slice belong together; give both, or neither")
         self._check_effects()
@@ -210,6 +225,31 @@ class Condense:
                 )
         if self.slice and self.start == "noise":
             raise UserError("--slice given with --start noise, which belongs to no slice; drop one")
+
+    def _check_words(self) -> None:
+        """Raise ``UserError`` on what texts cannot be made with."""
+        if self.as_text and (self.level != "embeddings" or self.examples is not None):
+            raise UserError(
+                f"--as-text {self.as_text} given; accepted with --level embeddings and --per-class"
+            )
+        if self.method == "generated" and (self.prompt is None or self.level != "features"):
+            raise UserError(
+                "--method generated writes texts by --prompt and reads their features; give "
+                '--prompt "Write a short news item about {label}.", and leave out --level'
+            )
+        if self.method == "generated" and self.model is None:
+            raise UserError("--method generated has no model that writes; give --model")
+        if self.prompt is None:
+            return
+        if self.method != "generated" and self.as_text != "perplexity":
+            raise UserError(
+                "--prompt given; accepted with --method generated and --as-text perplexity"
+            )
+        if "{label}" not in self.prompt:
+            raise UserError(
+                f"--prompt {self.prompt!r} given; accepted: a text with {{label}} in it, where the "
+                "name of the class goes"
+            )
 
     def _check_rows(self) -> None:
         """Raise ``UserError`` on what rows for a language model are not learned with."""

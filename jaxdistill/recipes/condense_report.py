@@ -112,6 +112,7 @@ def _table(stored: StoredSet) -> str:
 _WHAT = {
     "features": "the nearest real text of each learned example stands beside it",
     "embeddings": "the tokens nearest to each learned embedding stand beside it",
+    "text": "learned as embeddings, and stored as what stands for them in words",
 }
 
 
