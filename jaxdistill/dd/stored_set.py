@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float32, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -27,6 +28,8 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.safetensors import SafetensorsFile
 
 Level = Literal["features", "embeddings", "images", "text"]
+# What rows of embeddings for a language model hold, each place's; answers and embeddings are wider.
+ROWS = ("embeddings", "teacher_logits", "tokens", "loss_mask", "positions", "segment_ids")
 ARRAYS = "synthetic.safetensors"
 TEXTS, TABLE = "train.jsonl", "train.parquet"
 _FORMAT = "jaxdistill synthetic set 1"
@@ -40,7 +43,8 @@ class StoredSet:
     Attributes:
         synthetic: M examples. Every array has M rows, but ``log_rates`` (``[]`` or ``[K]``).
         level: what ``inputs`` are: a model's features, input embeddings, images; at the level of
-            text the examples are ``texts`` themselves.
+            text the examples are ``texts`` themselves. Rows that language models train on have no
+            inputs but all of ``ROWS``, as ``kd_objective`` reads a batch.
         method: what made the set.
         classes: their names, in the order of ``labels`` and ``label_logits``; without classes those
             arrays mean what the task says (language modelling) and the data file leaves them out.
@@ -86,7 +90,9 @@ class StoredSet:
 
     def _check_arrays(self) -> None:
         batch = {name: np.asarray(x) for name, x in self.synthetic.batch().items()}
-        if not batch or (self.level != "text" and "inputs" not in batch):
+        if self.has_rows:
+            _check_rows(batch)
+        elif not batch or (self.level != "text" and "inputs" not in batch):
             raise UserError(
                 f"a set at the level of {self.level} holds {', '.join(batch) or 'no arrays'}; "
                 "accepted: inputs (at the level of text any array) and labels; add them"
@@ -128,6 +134,38 @@ class StoredSet:
                 f"to {labels.max()} given; accepted: one whole number from 0 to {classes - 1} an "
                 "example; correct the labels or the classes"
             )
+
+    @property
+    def has_rows(self) -> bool:
+        """Return whether these are rows of embeddings that language models train on."""
+        names = self.synthetic.batch()
+        return self.level == "embeddings" and "inputs" not in names and "embeddings" in names
+
+    def labels(self) -> tuple[Int64[np.ndarray, "M"], Float32[np.ndarray, "M C"]]:
+        """Return hard labels and probabilities: the soft labels', or a one-hot row.
+
+        Raises:
+            UserError: the set has no labels.
+        """
+        batch = self.synthetic.batch()
+        if not self.has_labels:
+            raise UserError(
+                f"a set of {', '.join(batch)} has no labels of {len(self.classes)} classes; "
+                "accepted: labels or label_logits, and classes; add them"
+            )
+        if "label_logits" in batch:
+            logits = np.asarray(batch["label_logits"], np.float64)
+            shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+            probs = shares / shares.sum(axis=1, keepdims=True)
+        else:
+            probs = np.eye(len(self.classes))[np.asarray(batch["labels"])]
+        labels = np.asarray(batch["labels"]) if "labels" in batch else probs.argmax(axis=1)
+        return labels.astype(np.int64), probs.astype(np.float32)
+
+    @property
+    def has_labels(self) -> bool:
+        """Return whether the set has labels of named classes."""
+        return bool(self.classes) and bool({"labels", "label_logits"} & set(self.synthetic.batch()))
 
     @property
     def data_file(self) -> str:
@@ -244,25 +282,37 @@ def _write_arrays(path: Path, stored: StoredSet) -> None:
     save_file(arrays, path, metadata={"format": _FORMAT, "set": json.dumps(header)})
 
 
-def _labels(stored: StoredSet) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return hard labels [M] and probabilities [M, C], each None where the set has none."""
-    batch = stored.synthetic.batch()
-    if not stored.classes or not {"labels", "label_logits"} & set(batch):
-        return None, None
-    if "label_logits" in batch:
-        logits = np.asarray(batch["label_logits"], np.float64)
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probs = shares / shares.sum(axis=1, keepdims=True)
-    else:
-        probs = np.eye(len(stored.classes))[np.asarray(batch["labels"])]
-    labels = np.asarray(batch["labels"]) if "labels" in batch else probs.argmax(axis=1)
-    return labels.astype(np.int64), probs.astype(np.float32)
+def _check_rows(batch: dict[str, np.ndarray]) -> None:
+    """Raise ``UserError`` where rows for language models lack an array, or places differ."""
+    missing = [name for name in ROWS if name not in batch]
+    if missing:
+        raise UserError(
+            f"rows of embeddings for language models have no {', '.join(missing)}; accepted: "
+            f"{', '.join(ROWS)}; condense again"
+        )
+    shapes = {name: batch[name].shape for name in ROWS}
+    places = shapes["tokens"]
+    wide = [len(shapes[name]) == 3 for name in ("embeddings", "teacher_logits")]
+    if len(places) != 2 or not all(wide) or any(s[:2] != places for s in shapes.values()):
+        raise UserError(
+            f"rows of the shapes {shapes} given; accepted: [M, T], embeddings [M, T, D] and "
+            "teacher_logits [M, T, V]; condense again"
+        )
+    least, most, words = batch["tokens"].min(), batch["tokens"].max(), shapes["teacher_logits"][2]
+    if not np.issubdtype(batch["tokens"].dtype, np.integer) or not 0 <= least <= most < words:
+        raise UserError(
+            f"tokens of the type {batch['tokens'].dtype} from {least} to {most} given for "
+            f"teacher_logits of {words} words; accepted: whole numbers from 0 to {words - 1}; "
+            "condense again"
+        )
+    if not batch["loss_mask"][:, 1:].any():
+        raise UserError("no place of the rows is a target (loss_mask); condense again")
 
 
 def _text_rows(stored: StoredSet) -> list[dict[str, Any]]:
-    labels, probs = _labels(stored)
     rows: list[dict[str, Any]] = [{"text": text} for text in stored.texts or ()]
-    if labels is not None and probs is not None:
+    if stored.has_labels:
+        labels, probs = stored.labels()
         for row, label, each in zip(rows, labels.tolist(), probs.tolist(), strict=True):
             row |= {"label": label, "label_name": stored.classes[label], "label_probs": each}
     return rows
@@ -283,7 +333,6 @@ def _table(stored: StoredSet) -> pa.Table:
             flat = pa.FixedSizeListArray.from_arrays(flat, width)
         kinds[name], columns[name] = kind, flat
 
-    labels, probs = _labels(stored)
     for name, x in stored.synthetic.batch().items():
         if name in ("labels", "label_logits"):
             continue
@@ -292,7 +341,8 @@ def _table(stored: StoredSet) -> pa.Table:
         if name == "inputs":
             shape = np.array([values.shape[1:]], np.int64)
             put("shape", np.repeat(shape, len(values), axis=0))
-    if labels is not None and probs is not None:
+    if stored.has_labels:
+        labels, probs = stored.labels()
         put("label", labels)
         kinds["label"] = datasets.ClassLabel(names=list(stored.classes))
         put("label_probs", probs)

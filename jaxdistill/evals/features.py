@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,17 @@ from jaxdistill.models.hub import Model
 from jaxdistill.quant.policy import dequantize_params
 
 _SHORTEST = 16  # rows are padded to this or a doubling of it, so that few shapes are compiled
-Pool = Literal["mean", "last"]
+_POOLS = ("mean", "last")
+
+
+def check_readable(model: Model, seq_len: int) -> None:
+    """Raise ``UserError`` where a model has no tokenizer, or fewer positions than ``seq_len``."""
+    most = model.config.max_position_embeddings
+    if not 1 <= seq_len <= most:
+        raise UserError(
+            f"--seq-len {seq_len} given for {model.source}; accepted: 1 to its {most} positions"
+        )
+    model.text_tokenizer()
 
 
 def token_ids(
@@ -27,11 +37,7 @@ def token_ids(
     Raises:
         UserError: the model has no tokenizer, or fewer positions than ``seq_len``.
     """
-    most = model.config.max_position_embeddings
-    if not 1 <= seq_len <= most:
-        raise UserError(
-            f"--seq-len {seq_len} given for {model.source}; accepted: 1 to its {most} positions"
-        )
+    check_readable(model, seq_len)
     tokenizer = model.text_tokenizer()
     encoded: Any = tokenizer(
         list(texts), padding=False, truncation=False, return_attention_mask=False, verbose=False
@@ -51,7 +57,7 @@ def text_features(
     seq_len: int = 64,
     batch_size: int = 16,
     layers: int | None = None,
-    pool: Pool = "mean",
+    pool: str = "mean",
     progress: Callable[[int], Any] | None = None,
 ) -> Float32[np.ndarray, "N D"]:
     """Return one vector a text: the final hidden states of its tokens, pooled.
@@ -68,6 +74,8 @@ def text_features(
         pool: ``mean`` over the tokens, or the ``last`` token alone.
         progress: told how many texts were read since it was told last.
     """
+    if pool not in _POOLS:
+        raise UserError(f"pool {pool!r} given; accepted: {', '.join(_POOLS)}; choose one")
     if layers is not None and not 1 <= layers <= model.config.num_layers:
         raise UserError(
             f"{layers} layers given for {model.source}; accepted: 1 to {model.config.num_layers}"
@@ -134,14 +142,6 @@ def token_embeddings(
 ) -> Float32[np.ndarray, "N T D"]:
     """Return the input embeddings of each text's first ``seq_len`` tokens, zero at padding."""
     return embed(embedding_table(model), *token_ids(model, texts, seq_len))
-
-
-def standardise(
-    train: Float32[np.ndarray, "N ..."], *others: Float32[np.ndarray, "_M ..."]
-) -> tuple[Float32[np.ndarray, "..."], ...]:
-    """Return arrays brought to mean 0 and deviation 1 by the first one's; see ``moments``."""
-    mean, deviation = moments(train)
-    return tuple((x - mean) / deviation for x in (train, *others))
 
 
 def moments(

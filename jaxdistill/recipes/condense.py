@@ -1,7 +1,7 @@
 """Data set distillation, the whole job: many real examples into a few that train as well.
 
-Load data and the model that reads them; choose real examples, or start from them and learn; store
-the set; say what was learned.
+Load data and the model that reads them; choose real examples, start from them and learn, or let the
+model write some; store the set; say what was learned.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import contextlib
 import time
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
-from jaxdistill.dd.condense import CondenseState, init_condense, make_condense_step
 from jaxdistill.dd.selection import select
 from jaxdistill.dd.stored_set import StoredSet, save_set
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.models.hub import load_model
-from jaxdistill.recipes.condense_data import Real, check_real, read_real
+from jaxdistill.recipes.condense_data import check_real, read_real, shape_of
+from jaxdistill.recipes.condense_language import learn_rows
+from jaxdistill.recipes.condense_learn import learn, learning
 from jaxdistill.recipes.condense_methods import (
     batches_of,
     classifier_of,
@@ -33,11 +32,13 @@ from jaxdistill.recipes.condense_methods import (
 from jaxdistill.recipes.condense_options import Condense, condense_identity
 from jaxdistill.recipes.condense_report import nearest_texts, report_set, settings_of
 from jaxdistill.recipes.condense_texts import quotas_of, select_texts
+from jaxdistill.recipes.condense_words import likely_texts, words_alone, written_set
+from jaxdistill.recipes.parallel import parallel
 from jaxdistill.train.labelled import held_out_rows, load_labelled, slices_of
-from jaxdistill.train.loop import train
 from jaxdistill.train.run_directory import RunDirectory
 
 
+@parallel
 def condense(o: Condense, console: Console | None = None) -> dict[str, Any]:
     """Run the job.
 
@@ -62,7 +63,7 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
     """Do what ``condense`` says; what is closed at its end is entered into ``opened``."""
     began = time.perf_counter()
     if o.examples is not None:
-        run, stored = select_texts(o, console, opened)
+        run, stored = (learn_rows if o.learns else select_texts)(o, console, opened)
         save_set(run.path / "set", stored)
         return report_set(run, stored, None, time.perf_counter() - began, console)
 
@@ -76,8 +77,7 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
     groups, quotas = quotas_of(data, slices, o.per_class, o.per_slice)
     select("random", np.zeros(len(data)), groups, quotas)  # says which group is too small
     model = load_model(o.model).floats() if o.model else None
-    if model is None:
-        classifier_of(o, read_real(data, level=o.level))
+    net = classifier_of(o, *shape_of(data, o.level, model, o.seq_len), len(data.classes))
     run = opened.enter_context(RunDirectory(o.out, condense_identity(o), resume=o.resume))
     real = read_real(
         whole,
@@ -88,13 +88,19 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
         cache=o.feature_cache or o.out,
         console=console,
     ).take(learned_from)
-    net = classifier_of(o, real)
 
     # The set: selected, or learned from a start.
-    if o.learns:
+    rows, texts = np.zeros(0, np.int64), None
+    if o.method == "generated":
+        synthetic, texts = written_set(o, real, net, console)
+    elif o.learns:
         rows = select("random", real.features, groups, quotas, o.seed)
         weights = draw_weights(groups, quotas, slices)
-        synthetic = _learn(o, real, net, first_set(o, real, rows), weights, run, console)
+        meta_loss = meta_loss_of(o, net, len(data.classes))
+        batches = batches_of(o, real, net, weights)
+        print_ = real.data.fingerprint()
+        what = learning(o, first_set(o, real, rows), meta_loss, batches, print_)
+        synthetic = learn(o, what, run, console)
     else:
         with console.status("selecting"):
             rows = selected(o, real, net, groups, quotas)
@@ -102,49 +108,21 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
             learned={"inputs": jnp.asarray(real.inputs(rows), jnp.float32)},
             fixed={"labels": jnp.asarray(data.labels[rows])},
         )
+    if texts is None:
+        texts = nearest_texts(o, real, synthetic, rows)
+    if o.as_text == "perplexity":
+        with console.status("searching for likely texts"):
+            texts = likely_texts(o, real, synthetic)
+    as_text = o.as_text is not None or o.method == "generated"
     stored = StoredSet(
-        synthetic=synthetic,
-        level=real.level,
+        synthetic=words_alone(synthetic) if as_text else synthetic,
+        level="text" if as_text else real.level,
         method=o.method,
         classes=data.classes,
-        texts=nearest_texts(o, real, synthetic, rows),
+        texts=texts,
         settings=settings_of(o, real.reading, whole.fingerprint(), learned_from[rows])
         | {"architecture": net.name, "width": o.width},
         slices={name: np.flatnonzero(mask[rows]).tolist() for name, mask in slices.items()},
     )
     save_set(run.path / "set", stored)
     return report_set(run, stored, real, time.perf_counter() - began, console)
-
-
-def _learn(
-    o: Condense,
-    real: Real,
-    net: Any,
-    start: Synthetic,
-    weights: np.ndarray | None,
-    run: RunDirectory,
-    console: Console,
-) -> Synthetic:
-    """Return the learned set."""
-    tx = optax.adam(optax.cosine_decay_schedule(o.lr, o.steps))
-    state = init_condense(start, tx, o.seed)
-    step = make_condense_step(meta_loss_of(o, net, len(real.data.classes)), tx, networks=o.networks)
-    batches = batches_of(o, real, net, weights)
-    jax.eval_shape(step, state, batches[0])  # says what cannot be computed, before training
-    quarter = max(1, o.steps // 4)
-    state = train(
-        lambda state, _, batch: step(state, batch),  # pyright: ignore[reportArgumentType]
-        state,
-        None,
-        batches,
-        steps=o.steps,
-        run=run,
-        fingerprint=real.data.fingerprint(),
-        resume=o.resume,
-        checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
-        guard=o.guard,
-        console=console,
-        name="condense",
-    )
-    assert isinstance(state, CondenseState)
-    return state.synthetic

@@ -15,7 +15,14 @@ from rich.console import Console
 
 from jaxdistill.dd.stored_set import Level
 from jaxdistill.errors import UserError
-from jaxdistill.evals.features import embed, embedding_table, moments, text_features, token_ids
+from jaxdistill.evals.features import (
+    check_readable,
+    embed,
+    embedding_table,
+    moments,
+    text_features,
+    token_ids,
+)
 from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.report.progress import item_progress
@@ -74,6 +81,23 @@ def check_real(data: Labelled, model: str | None, level: Level) -> None:
         raise UserError(f"{flag} given for data {data.source!r}, which are arrays; leave it out")
 
 
+def shape_of(
+    data: Labelled, level: Level, model: Model | None, seq_len: int
+) -> tuple[Level, tuple[int, ...]]:
+    """Return the level and the shape that an example will have, before any text is read.
+
+    Raises:
+        UserError: the model has no tokenizer, or cannot read texts so long.
+    """
+    if data.texts is None:
+        assert data.inputs is not None  # load_labelled gives one of the two
+        return ("features" if data.inputs.ndim == 2 else "images"), data.inputs.shape[1:]
+    assert model is not None  # checked by check_real
+    check_readable(model, seq_len)
+    width = model.config.hidden_size
+    return level, ((seq_len, width) if level == "embeddings" else (width,))
+
+
 def read_real(
     data: Labelled,
     *,
@@ -101,7 +125,7 @@ def read_real(
     known = dict(reading or {})
     if data.texts is None:
         assert data.inputs is not None  # load_labelled gives one of the two
-        raw, level = data.inputs, "features" if data.inputs.ndim == 2 else "images"
+        raw, level = data.inputs, shape_of(data, level, model, seq_len)[0]
         known |= {} if reading else {"seq_len": None, "model": None, "model_fingerprint": None}
     else:
         assert model is not None  # checked by check_real

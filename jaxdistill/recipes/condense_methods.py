@@ -23,6 +23,7 @@ from jaxdistill.dd.matching import (
 )
 from jaxdistill.dd.meta_gradient import meta_gradient
 from jaxdistill.dd.selection import el2n_scores, meta_gradient_scores, select
+from jaxdistill.dd.stored_set import Level
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.train_on import train_classifier
 from jaxdistill.dd.unroll import make_unroll
@@ -35,14 +36,11 @@ _EXPERTS = 1
 _POINTS = 20  # that are kept of an expert's trajectory
 
 
-def classifier_of(o: Condense, real: Real) -> Classifier:
-    """Return the inner network; raise ``UserError`` where it cannot read the data."""
-    usual = {"images": "convnet", "embeddings": "transformer"}.get(real.level, "mlp")
+def classifier_of(o: Condense, level: Level, shape: tuple[int, ...], classes: int) -> Classifier:
+    """Return the inner network; raise ``UserError`` where it cannot read examples of the shape."""
+    usual = {"images": "convnet", "embeddings": "transformer"}.get(level, "mlp")
     return make_classifier(
-        o.architecture or usual,
-        input_shape=real.shape,
-        num_classes=len(real.data.classes),
-        width=o.width,
+        o.architecture or usual, input_shape=shape, num_classes=classes, width=o.width
     )
 
 

@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import tyro
 
 from jaxdistill.dd.unroll import Unroll
 from jaxdistill.errors import UserError
+from jaxdistill.recipes.parallel import Parallel
 from jaxdistill.train.guard import Guard, OnSpike
 
 Learned = Literal[
@@ -21,8 +23,21 @@ Learned = Literal[
     "kernel-ridge",
 ]
 Selected = Literal["random", "herding", "k-center", "el2n", "meta-gradient-score"]
+Written = Literal["generated"]
 Architecture = Literal["linear", "mlp", "deep_mlp", "convnet", "transformer"]
-_PLAIN = ("random", "herding", "k-center", "meta-gradient-score")  # need no labels
+# Need no labels; the last one learns rows of embeddings, the others select texts.
+_PLAIN = ("random", "herding", "k-center", "meta-gradient-score", "meta-gradient")
+# Of no use to rows that are learned for one language model's student.
+_NOT_FOR_ROWS = (
+    "feature_batch",
+    "feature_cache",
+    "architecture",
+    "width",
+    "start",
+    "networks",
+    "slice",
+    "per_slice",
+)
 
 _UNROLLED = ("meta-gradient", "trajectory-matching", "meta-gradient-score")
 # Options that only some methods have a use for.
@@ -42,7 +57,10 @@ _USED_BY: dict[str, tuple[str, ...]] = {
         _UNROLLED,
     ),
     "experts": ("trajectory-matching", "el2n", "meta-gradient-score"),
-    "expert_steps": ("trajectory-matching", "el2n"),
+    "expert_steps": ("trajectory-matching", "el2n", "generated"),
+    "as_text": get_args(Learned),
+    "prompt": (*get_args(Learned), "generated"),
+    "written": ("generated",),
     "slice": tuple(
         method
         for method in (*get_args(Learned), *get_args(Selected))
@@ -66,13 +84,14 @@ _LEAST = {
     "batch_size": 1,
     "experts": 1,
     "expert_steps": 2,
+    "written": 1,
     "seed": 0,
     "checkpoint_every": -1,
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Condense:
+class Condense(Parallel):
     """Condense a data set into a few synthetic or selected examples."""
 
     data: str
@@ -83,16 +102,31 @@ class Condense:
     per_class: int | None = None
     """Examples of each class."""
     examples: int | None = None
-    """Examples in all, of plain text for language models."""
-    method: Learned | Selected = "meta-gradient"
-    """How: learned (the first five), or real examples selected."""
+    """Examples in all, of plain text for language models: texts selected or, by meta-gradient,
+    rows of input embeddings with the teacher's answers, learned."""
+    method: Learned | Selected | Written = "meta-gradient"
+    """How: learned (the first five), real examples selected, or texts that --model writes for each
+    class, confirmed by a classifier of the real data (generated)."""
     model: str | None = None
     """Model that reads the texts: an HF directory, a .gguf file, a run directory or a hub name."""
     level: Literal["features", "embeddings"] = "features"
     """What an example of text is: the model's mean-pooled hidden states, or its input
     embeddings."""
+    as_text: Literal["nearest", "perplexity"] | None = None
+    """Store learned embeddings as texts: of the nearest tokens, or of near ones that --model finds
+    likely."""
+    prompt: str | None = None
+    """What --model is asked for a text of a class, {label} being its name; with --as-text
+    perplexity, what stands before the text."""
+    written: int = 32
+    """Texts written for each class, of which --per-class are kept."""
+    student_init: tuple[str, ...] = ()
+    """Of learned rows: what is made of --model for the student that trains on them, as in
+    `jaxdistill distill`: cut:layers=N, cut:intermediate=N,heads=N."""
+    bits: Literal["none", 2, 3, 4, 8] = "none"
+    """Of learned rows: bits of a weight of that student's linear layers; none for float."""
     seq_len: int = 64
-    """Tokens of a text that are read."""
+    """Tokens of a text that are read; of a learned row, its places."""
     feature_batch: int = 16
     """Texts that the model reads at once."""
     feature_cache: Path | None = None
@@ -105,7 +139,7 @@ class Condense:
     start: Literal["real", "noise"] = "real"
     """What learned examples start from."""
     soft_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Learn the labels too, as probabilities."""
+    """Learn the labels too, as probabilities; of learned rows, the teacher's answers."""
     learn_rates: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Learn the inner learning rates: one a step (trajectory-matching: one)."""
     inner_steps: int = 20
@@ -131,7 +165,7 @@ class Condense:
     networks: int = 1
     """Fresh networks that an update is the mean of."""
     batch_size: int = 256
-    """Real examples an update."""
+    """Real examples (rows of text) an update."""
     experts: int = 4
     """Networks trained on the real data, whose trajectories are matched or who score examples."""
     expert_steps: int = 100
@@ -156,6 +190,9 @@ class Condense:
     """Print one JSON object as the last line."""
 
     def __post_init__(self) -> None:
+        for name, given in vars(self).items():
+            if isinstance(given, np.generic):  # which JSON does not know
+                object.__setattr__(self, name, given.item())
         for name, least in _LEAST.items():
             given = getattr(self, name)
             if given is not None and given < least:
@@ -175,6 +212,8 @@ class Condense:
                 f"--method {self.method} given for plain text; accepted: {', '.join(_PLAIN)}; "
                 "choose one, or give labelled data and --per-class"
             )
+        self._check_rows()
+        self._check_words()
         if bool(self.slice) != bool(self.per_slice):
             raise UserError("--slice and --per-slice belong together; give both, or neither")
         self._check_effects()
@@ -196,6 +235,61 @@ class Condense:
                 )
         if self.slice and self.start == "noise":
             raise UserError("--slice given with --start noise, which belongs to no slice; drop one")
+
+    def _check_words(self) -> None:
+        """Raise ``UserError`` on what texts cannot be made with."""
+        if self.as_text and (self.level != "embeddings" or self.examples is not None):
+            raise UserError(
+                f"--as-text {self.as_text} given; accepted with --level embeddings and --per-class"
+            )
+        if self.method == "generated" and (self.prompt is None or self.level != "features"):
+            raise UserError(
+                "--method generated writes texts by --prompt and reads their features; give "
+                '--prompt "Write a short news item about {label}.", and leave out --level'
+            )
+        if self.method == "generated" and self.model is None:
+            raise UserError("--method generated has no model that writes; give --model")
+        if self.prompt is None:
+            return
+        if self.method != "generated" and self.as_text != "perplexity":
+            raise UserError(
+                "--prompt given; accepted with --method generated and --as-text perplexity"
+            )
+        if "{label}" not in self.prompt:
+            raise UserError(
+                f"--prompt {self.prompt!r} given; accepted: a text with {{label}} in it, where the "
+                "name of the class goes"
+            )
+
+    def _check_rows(self) -> None:
+        """Raise ``UserError`` on what rows for a language model are not learned with."""
+        student = self.student_init or self.bits != "none"
+        if self.examples is None or not self.learns:
+            if student:
+                flag = "student-init" if self.student_init else "bits"
+                raise UserError(
+                    f"--{flag} given, which is of the student that learns from learned rows; "
+                    "accepted with --examples and --method meta-gradient; leave it out"
+                )
+            return
+        if self.model is None:
+            raise UserError(
+                "no teacher for rows that are learned for language models; give --model, an HF "
+                "directory, a .gguf file or a hub name, or select texts: --method random"
+            )
+        if not student:
+            raise UserError(
+                "the student that trains on the rows is its teacher, which has nothing to learn; "
+                "give --student-init or --bits, or select texts: --method random"
+            )
+        own = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in _NOT_FOR_ROWS:
+            if getattr(self, name) != own[name]:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--{flag} given with rows that are learned for language models, which have "
+                    "no use for it; leave it out, or select texts: --method random"
+                )
 
     @property
     def learns(self) -> bool:
@@ -222,6 +316,9 @@ class Condense:
 
 def condense_identity(o: Condense) -> dict[str, Any]:
     """Return the options that make a run what it is; a resumed run must have the same."""
-    free = ("out", "resume", "json", "feature_cache", "checkpoint_every", "on_spike", "spike_sigma")
+    free = (
+        *("out", "resume", "json", "feature_cache", "checkpoint_every", "on_spike", "spike_sigma"),
+        *("mesh", "hosts"),
+    )
     kept = {k: v for k, v in dataclasses.asdict(o).items() if k not in free}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}

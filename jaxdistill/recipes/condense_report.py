@@ -7,12 +7,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 from rich.console import Console
 
 from jaxdistill.dd.stored_set import StoredSet
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.text import nearest_examples, nearest_tokens
 from jaxdistill.evals.features import embedding_table
+from jaxdistill.models.hub import Model
 from jaxdistill.recipes.condense_data import Real
 from jaxdistill.recipes.condense_options import Condense
 from jaxdistill.report.condense_plots import examples_table, plot_condense, plot_images
@@ -33,8 +35,15 @@ def nearest_texts(
         labels = np.asarray(synthetic.fixed["labels"])
         near = nearest_examples(inputs, real.features, real.data.labels, labels)
         return tuple(texts[i] for i in near)
-    ids = np.asarray(nearest_tokens(jnp.asarray(inputs), jnp.asarray(embedding_table(model))))
-    shown = np.abs(inputs).max(axis=-1) > 0  # zeros are padding
+    return nearest_words(model, inputs, np.abs(inputs).max(axis=-1) > 0)  # zeros are padding
+
+
+def nearest_words(
+    model: Model, embeddings: Float[np.ndarray, "M T D"], shown: Bool[np.ndarray, "M T"]
+) -> tuple[str, ...]:
+    """Return the nearest tokens of each row of embeddings as a text, of the places shown."""
+    table = jnp.asarray(embedding_table(model))
+    ids = np.asarray(nearest_tokens(jnp.asarray(embeddings), table))
     decode = model.text_tokenizer().decode
     return tuple(
         str(decode(row[mask].tolist(), skip_special_tokens=True))
@@ -66,7 +75,8 @@ def report_set(
     if stored.level == "images" and real is not None and (*real.shape, 1)[2] in (1, 3):
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
-        plot_images(plots / "set.png", _pixels(stored, real), _titles(stored))
+        titles = [stored.classes[label] for label in stored.labels()[0]]
+        plot_images(plots / "set.png", _pixels(stored, real), titles)
     table = _table(stored)
     (run.path / "README.md").write_text(_readme(run, stored, result, table))
     run.close()
@@ -82,26 +92,12 @@ def _pixels(stored: StoredSet, real: Real) -> np.ndarray:
     return np.asarray(stored.synthetic.learned["inputs"]) * deviation + mean
 
 
-def _labels(stored: StoredSet) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return hard labels ``[M]``, and soft ones ``[M, C]`` where the set has them."""
-    batch = stored.synthetic.batch()
-    labels = np.asarray(batch["labels"])
-    if "label_logits" not in batch:
-        return labels, None
-    logits = np.asarray(batch["label_logits"], np.float64)
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return labels, shares / shares.sum(axis=1, keepdims=True)
-
-
-def _titles(stored: StoredSet) -> list[str]:
-    return [stored.classes[label] for label in _labels(stored)[0]]
-
-
 def _table(stored: StoredSet) -> str:
     """Return the examples as Markdown: class, soft label, slices, the nearest or the real text."""
     if not stored.classes:
         return "\n".join(f"- {' '.join(text.split())[:200]}" for text in stored.texts or ()) + "\n"
-    labels, soft = _labels(stored)
+    labels, probs = stored.labels()
+    soft = probs if "label_logits" in stored.synthetic.batch() else None
     columns: dict[str, list[str]] = {}
     if stored.slices:
         members = stored.slices.items()
@@ -116,6 +112,7 @@ def _table(stored: StoredSet) -> str:
 _WHAT = {
     "features": "the nearest real text of each learned example stands beside it",
     "embeddings": "the tokens nearest to each learned embedding stand beside it",
+    "text": "learned as embeddings, and stored as what stands for them in words",
 }
 
 
@@ -141,8 +138,23 @@ def _readme(run: RunDirectory, stored: StoredSet, result: dict[str, Any], table:
     if stored.classes:
         lines.append(f"Judge it: `jaxdistill evaluate-set --set {run.path} --test DATA`.\n")
     else:
-        lines.append("Use it: `--data DIR/set` of `jaxdistill distill` and `quantize`.\n")
+        lines.append(_use(run, stored))
     return "\n".join(lines)
+
+
+def _use(run: RunDirectory, stored: StoredSet) -> str:
+    """Say how language models train on the set."""
+    if stored.level == "text":
+        return "Use it: `--data DIR/set` of `jaxdistill distill` and `quantize`.\n"
+    made = stored.settings
+    student = "".join(f" --student-init {spec}" for spec in made["student_init"])
+    student += "" if made["bits"] == "none" else f" --bits {made['bits']}"
+    return (
+        f"Use it: `jaxdistill distill --teacher {made['reading']['model']}{student} --data "
+        f"{run.path}/set --eval-data TEXT --batch-size {stored.synthetic.size} --steps "
+        f"{made['inner_steps']} --lr {made['inner_rate']} --out DIR`, the same of `jaxdistill "
+        "quantize --model`.\n"
+    )
 
 
 def settings_of(

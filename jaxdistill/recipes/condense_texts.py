@@ -17,6 +17,7 @@ from jaxdistill.dd.selection import quota_per_class, quotas_with_slices, select
 from jaxdistill.dd.stored_set import StoredSet
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.errors import UserError
+from jaxdistill.evals.features import check_readable
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.hub import Model, load_model
@@ -59,7 +60,7 @@ def select_texts(
     if o.method != "random":
         check_real(data, o.model, "features")
         model = load_model(o.model or "").floats()
-        model.text_tokenizer()
+        check_readable(model, o.seq_len)
     run = opened.enter_context(RunDirectory(o.out, condense_identity(o), resume=o.resume))
     reading: dict[str, Any] = {}
     found: np.ndarray = nothing[:, None]

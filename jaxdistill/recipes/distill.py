@@ -1,7 +1,8 @@
 """Knowledge distillation, the whole job: any teacher, any objective, any student.
 
 Load teachers, student and data; make the student (cut, quantized, LoRA); train it by the objective,
-on the data's text, the teacher's or its own; store it; evaluate it beside its teacher.
+on the data's text, the teacher's, its own, or on learned rows; store it; evaluate it beside its
+teacher.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.models.sharding import make_sharded
 from jaxdistill.quant.measure import weight_bytes
 from jaxdistill.quant.policy import Policy
+from jaxdistill.recipes.learned_rows import LearnedRows, check_width
 from jaxdistill.recipes.options import Distill, identity
 from jaxdistill.recipes.parallel import mesh_shape, parallel
 from jaxdistill.recipes.run_report import Results, check_student, report_run
@@ -112,6 +114,8 @@ def _distill(
     plain = [t.apply_fn(dtype=jnp.dtype(o.dtype)) for t in teachers]
     some = batches(found.rows, batch_size=o.batch_size, seed=o.seed)  # looked at before training
     student = make_trainee(o, base, teachers[0] if teachers else None, loss, some, console)
+    if isinstance(found.rows, LearnedRows):
+        check_width(found.rows, student.config)
     patterns = _patterns(o, student, teachers, some, console)
     phases = freeze_phases(patterns, o.steps, o.freeze_start, o.freeze_stop) if o.steps else []
     fixed = list(student.frozen)
@@ -121,10 +125,10 @@ def _distill(
         )
     loss = measured(loss, plain, teachers, found.rows, some)
     schedule = schedule_of(loss, o.steps)
-    objective = objective_of(o, loss, student, teachers, shared)
+    objective = objective_of(o, loss, student, [] if found.answered else teachers, shared)
     rollout = _rollout(o, student, base, shared)
     guides = tuple(t.params for t in teachers)
-    taught = None if o.cache else (guides if len(guides) != 1 else guides[0])
+    taught = None if found.answered else (guides if len(guides) != 1 else guides[0])
     _check_step(objective, rollout, schedule, student, taught, some[0])
     run = opened.enter_context(RunDirectory(o.out, said or identity(o), resume=o.resume))
     if o.text_from == "teacher":
@@ -260,7 +264,7 @@ def measured(
     """Return the loss with what is measured before a run: CAKLD's mean top probability."""
     if loss.moving().get("cakld.confidence") != "measured":
         return loss
-    if isinstance(rows, CachedRows):
+    if isinstance(rows, CachedRows | LearnedRows):
         return loss.with_argument("cakld.confidence", rows.confidence())
     some = [data[i] for i in range(4)]
     value = teacher_confidence(applies[0], teachers[0].params, some)
@@ -270,11 +274,11 @@ def measured(
 def objective_of(
     o: Distill, loss: Loss, student: Trainee, teachers: Sequence[Model], shared: int
 ) -> Objective:
-    """Return the training objective that the options name."""
+    """Return the training objective that the options name, of the teachers that are live."""
     tap = tap_of(loss)
     dtype = jnp.dtype(o.dtype)
     learner = student.apply(dtype=dtype, remat=o.remat, tap=tap)
-    guides = [] if o.cache else [t.apply_fn(dtype=dtype, tap=tap) for t in teachers]
+    guides = [t.apply_fn(dtype=dtype, tap=tap) for t in teachers]
     if loss.of_kind("cross_tokenizer"):
         return cross_tokenizer_objective(learner, guides[0], loss, chunk=o.chunk)
     teacher = guides[0] if len(guides) == 1 else guides or None

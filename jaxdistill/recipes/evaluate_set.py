@@ -125,17 +125,14 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
     console = console or Console(stderr=True)
     run, directory = _where(o.set)
     stored = load_set(directory)
-    if not stored.classes or stored.level == "text":
+    if not stored.classes:
         raise UserError(
-            f"{directory} holds texts for language models, without classes; train on it with "
+            f"{directory} holds text for language models, without classes; train on it with "
             "`jaxdistill distill --data`, or give a set of labelled data"
         )
-    reading = stored.settings.get("reading")
-    if not isinstance(reading, dict):
-        raise UserError(
-            f"{directory} does not say how its data were read; give a set that `jaxdistill "
-            "condense` made"
-        )
+    reading = _reading(stored, directory)
+    if o.data is None and not {"data", "data_fingerprint"} <= set(stored.settings):
+        raise UserError(f"{directory} does not say what it was made of; name the data with --data")
     test_data = load_labelled(o.test, "test", classes=stored.classes)
     train_data = load_labelled(o.data or stored.settings["data"], classes=stored.classes)
     print_ = train_data.fingerprint()
@@ -144,7 +141,7 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
             f"data {train_data.source!r} has the fingerprint {print_}, the set was made of "
             f"{stored.settings['data_fingerprint']}; put that file back, or name one with --data"
         )
-    names = (o.architectures or _USUAL[stored.level]).split(",")
+    names = (o.architectures or _USUAL[reading["level"]]).split(",")
     nets = [
         make_classifier(
             name,
@@ -172,7 +169,7 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
     def read(data: Labelled) -> Real:
         return read_real(
             data,
-            level=stored.level,
+            level=reading["level"],
             model=model,
             batch_size=o.feature_batch,
             cache=cache,
@@ -228,6 +225,24 @@ def _where(given: Path) -> tuple[Path, Path]:
     return (given, inside) if inside.is_dir() else (given.absolute().parent, given)
 
 
+def _reading(stored: StoredSet, directory: Path) -> dict[str, Any]:
+    """Return how a set's data were read; raise ``UserError`` where it does not say what it must."""
+    if "labels" not in stored.synthetic.batch():
+        raise UserError(
+            f"{directory} has no labels, and selections of as many a class stand beside it; give "
+            "a set that `jaxdistill condense` made of labelled data"
+        )
+    reading = stored.settings.get("reading")
+    reads = {} if not isinstance(reading, dict) else reading
+    missing = [f"reading/{k}" for k in ("level", "shape", "model") if k not in reads]
+    if missing:
+        raise UserError(
+            f"{directory} does not say how its data were read (no {', '.join(missing)} among its "
+            "settings); give a set that `jaxdistill condense` made"
+        )
+    return reads
+
+
 def _batch(real: Real, rows: np.ndarray) -> dict[str, Any]:
     labels = jnp.asarray(real.data.labels[rows])
     return {"inputs": jnp.asarray(real.inputs(rows)), "labels": labels}
@@ -238,6 +253,14 @@ def _sets(
 ) -> Iterator[tuple[str, tuple[dict[str, Any], int]]]:
     """Yield name, batch and size of every training set; all but full have one set a seed."""
     whole = stored.synthetic.batch()
+    labels = stored.labels()[0].astype(np.int32)
+    as_text = None
+    learned = "rows" in stored.settings and _is_learned(stored)
+    if stored.texts is not None and (learned or stored.level == "text"):
+        in_words = Labelled(labels=labels, classes=stored.classes, texts=list(stored.texts))
+        as_text = jnp.asarray(read(in_words).all_inputs())
+    if stored.level == "text":
+        whole |= {"inputs": as_text}
     own = {k: whole[k] for k in ("inputs", "labels", "label_logits") if k in whole}
 
     def each(batch: dict[str, Any]) -> dict[str, Any]:
@@ -245,11 +268,8 @@ def _sets(
 
     size = stored.synthetic.size
     yield "set", (each(own), size)
-    labels = np.asarray(stored.synthetic.batch()["labels"])
-    if stored.texts is not None and "rows" in stored.settings and _is_learned(stored):
-        as_text = Labelled(labels=labels, classes=stored.classes, texts=list(stored.texts))
-        inputs = jnp.asarray(read(as_text).all_inputs())
-        yield "set, as text", (each(own | {"inputs": inputs}), size)
+    if as_text is not None and stored.level != "text":
+        yield "set, as text", (each(own | {"inputs": as_text}), size)
     counts = {int(c): int(n) for c, n in zip(*np.unique(labels, return_counts=True), strict=True)}
     rest, _ = held_out_rows(real.data.labels)
     for name in o.beside:
@@ -272,7 +292,8 @@ def _is_learned(stored: StoredSet) -> bool:
 
 def _own_training(stored: StoredSet) -> dict[str, Any] | None:
     """Return the training that a set was made for; None where it was made for any."""
-    if stored.method != "meta-gradient":  # the others match what is not a training from the start
+    # The others match what is not a training from the start, and texts are not what was trained on.
+    if stored.method != "meta-gradient" or stored.level == "text":
         return None
     return {k: v for k, v in stored.settings.items() if k.startswith("inner_")}
 

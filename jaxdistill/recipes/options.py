@@ -75,7 +75,8 @@ class Training(Parallel):
     """Say what is trained, on what, and how."""
 
     data: str
-    """Training text: .jsonl[.gz], .txt, .parquet, a directory of such files, or a hub data set."""
+    """Training text: .jsonl[.gz], .txt, .parquet, a directory of such files, a hub data set, or
+    rows that `jaxdistill condense` learned of the teacher (--lr stands in place of their rate)."""
     out: Path
     """Run directory: config, metrics, plots, checkpoints and the student."""
     objective: str = "forward_kl"
@@ -101,7 +102,8 @@ class Training(Parallel):
     batch_size: int = 8
     """Rows a step."""
     seq_len: int = 512
-    """Tokens a row; texts are packed, and do not see each other."""
+    """Tokens a row; texts are packed, and do not see each other. Learned rows have their own
+    length."""
     lr: float = 1e-4
     """Peak learning rate of AdamW: linear warm-up, cosine decay."""
     weight_decay: float = 0.0

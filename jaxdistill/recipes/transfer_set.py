@@ -1,4 +1,4 @@
-"""What a student is trained on: packed text, prompts and answers, pairs, or a teacher's cache."""
+"""What a student is trained on: packed text, prompts and answers, pairs, a cache, learned rows."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from jaxdistill.mesh import on_primary, wait_for_all
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model
 from jaxdistill.recipes.cache_teacher import cache_fingerprints
+from jaxdistill.recipes.learned_rows import check_learned, learned_rows
 from jaxdistill.recipes.options import Distill
 from jaxdistill.recipes.prepare import check_length, eval_batches_of, pack_rows, split_rows
 from jaxdistill.train.curriculum import CurriculumBatches
@@ -37,11 +38,13 @@ class TransferSet(NamedTuple):
         rows: ``rows[i]`` is a dict of arrays, of one row or of a slice of rows.
         held: the batches that are evaluated.
         fingerprint: of the training rows, kept with each checkpoint.
+        answered: whether the rows bring their teacher's answers, and no live one trains.
     """
 
     rows: Any
     held: list[Batch]
     fingerprint: str
+    answered: bool = False
 
 
 def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) -> TransferSet:
@@ -50,7 +53,10 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
     Raises:
         UserError: the data cannot be read, or do not suit the way of training.
     """
-    rows: Any = load_rows(o.data)
+    learned = learned_rows(o.data)
+    if learned is not None:
+        check_learned(learned, o, student, teachers, loss)
+    rows: Any = load_rows(o.data) if learned is None else learned
     if o.eval_data is None:
         rows, held_rows = cast(Any, split_rows(rows, o.data))
     else:
@@ -62,6 +68,8 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
         check_length(o.seq_len, teacher)
     held = pack_rows(held_rows, student, o.seq_len, o.loss_on, add_eos=False)
     held = eval_batches_of(held, o.batch_size, o.eval_tokens)
+    if learned is not None:
+        return TransferSet(learned, held, fingerprint(learned), answered=True)
     if loss.of_kind("cross_tokenizer"):
         return _paired(o, rows, held, student, teachers)
     if o.on_policy or o.text_from == "teacher":
@@ -143,7 +151,7 @@ def _cached(
         )
     header = cache.header
     told = f"{fingerprint(packed)}, cached from {header.fingerprints['model']}, k={header.k}"
-    return TransferSet(CachedRows(packed, cache), held, told)
+    return TransferSet(CachedRows(packed, cache), held, told, answered=True)
 
 
 def with_teacher_text(

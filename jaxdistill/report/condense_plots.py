@@ -20,39 +20,21 @@ from jaxdistill.report.plots import Rows, save_figure
 _FULL = "full data"
 
 
-def plot_condense(directory: Path, rows: Rows) -> list[Path]:
-    """Draw ``outer_loss.png``, and ``accuracy.png`` where a row has ``eval/accuracy``.
+def plot_condense(directory: Path, rows: Rows) -> Path:
+    """Draw ``outer_loss.png``.
 
     Args:
         directory: made where it does not exist.
-        rows: of the run's ``metrics.jsonl``: ``step`` and ``loss``; where the set was judged
-            ``eval/accuracy`` in [0, 1], with ``eval/accuracy_std`` over networks where known.
+        rows: of the run's ``metrics.jsonl``, at least one: ``step`` and ``loss``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    made = []
-    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    if losses:
-        figure, axes = plt.subplots(figsize=(6, 3.6))
-        axes.plot(*zip(*losses, strict=True), lw=1)
-        values = [loss for _, loss in losses]
-        if min(values) > 0 and max(values) > 20 * min(values):
-            axes.set_yscale("log")
-        axes.set(xlabel="outer step", ylabel="outer loss", title="condensing loss")
-        made.append(save_figure(figure, directory / "outer_loss.png"))
-    judged = [row for row in rows if "eval/accuracy" in row]
-    if judged:
-        figure, axes = plt.subplots(figsize=(6, 3.6))
-        axes.errorbar(
-            [row["step"] for row in judged],
-            [100 * row["eval/accuracy"] for row in judged],
-            yerr=[100 * row.get("eval/accuracy_std", 0.0) for row in judged],
-            marker="o",
-            capsize=3,
-        )
-        title = "held-out accuracy after training on the set"
-        axes.set(xlabel="outer step", ylabel="accuracy (%)", title=title)
-        made.append(save_figure(figure, directory / "accuracy.png"))
-    return made
+    losses = [row["loss"] for row in rows]
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    axes.plot([row["step"] for row in rows], losses, lw=1)
+    if min(losses) > 0 and max(losses) > 20 * min(losses):
+        axes.set_yscale("log")
+    axes.set(xlabel="outer step", ylabel="outer loss", title="condensing loss")
+    return save_figure(figure, directory / "outer_loss.png")
 
 
 def plot_images(

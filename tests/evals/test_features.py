@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.evals.features import moments, standardise, text_features, token_embeddings
+from jaxdistill.evals.features import moments, text_features, token_embeddings
 from jaxdistill.models.hub import load_model
 from tests import tiny
 
@@ -66,6 +66,8 @@ def test_fewer_layers_and_wrong_options(model):
         text_features(model, TEXTS, layers=3)
     with pytest.raises(UserError, match="--seq-len 4096 given .* 128 positions"):
         text_features(model, TEXTS, seq_len=4096)
+    with pytest.raises(UserError, match="pool 'first' given; accepted: mean, last"):
+        text_features(model, TEXTS, pool="first")
 
 
 def test_embeddings_are_rows_of_the_table(model):
@@ -78,17 +80,15 @@ def test_embeddings_are_rows_of_the_table(model):
         assert not row[len(ids) :].any()
 
 
-def test_standardising_uses_the_first_array_alone():
+def test_moments_of_features_and_channels():
     rng = np.random.default_rng(0)
     train = rng.normal(3, 2, (50, 4)).astype(np.float32)
     train[:, 3] = 7  # says nothing, and must not divide by zero
-    other = rng.normal(0, 1, (5, 4)).astype(np.float32)
-    a, b = standardise(train, other)
-    np.testing.assert_allclose(a.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(a.std(0)[:3], 1, atol=1e-5)
-    want = (other[:, :3] - train[:, :3].mean(0)) / train[:, :3].std(0)
-    np.testing.assert_allclose(b[:, :3], want, rtol=1e-4, atol=1e-5)
-    assert np.isfinite(b).all()
+    mean, deviation = moments(train)
+    np.testing.assert_allclose(mean, train.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(deviation[:3], train.std(0)[:3], rtol=1e-5)
+    least = 0.1 * np.sqrt(np.mean(train.std(0) ** 2))
+    np.testing.assert_allclose(deviation[3], least, rtol=1e-5)
     mean, deviation = moments(rng.normal(0, 1, (6, 5, 5, 3)).astype(np.float32))
     assert mean.shape == deviation.shape == (3,)
     assert moments(np.zeros((4, 2, 2), np.float32))[1].shape == ()

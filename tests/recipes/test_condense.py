@@ -15,7 +15,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.decoder import init_params
 from jaxdistill.models.hf import save_hf
 from jaxdistill.recipes.condense import condense
-from jaxdistill.recipes.condense_options import _USED_BY, Condense
+from jaxdistill.recipes.condense_options import _USED_BY, Condense, condense_identity
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.labelled import held_out_rows, load_labelled
 from jaxdistill.train.run_directory import read_metrics
@@ -258,6 +258,13 @@ def test_texts_that_training_gains_from_are_selected(texts, tmp_path):
     assert set(load_set(tmp_path / "r" / "set").texts) <= set(alike)
 
 
+def test_numbers_of_numpy_become_pythons():
+    job = Condense(data="d", out=Path("o"), per_class=2)
+    object.__setattr__(job, "per_class", np.int64(3))  # the tests' type checks would refuse it
+    job.__post_init__()
+    assert json.loads(json.dumps(condense_identity(job)))["per_class"] == 3
+
+
 def test_bad_input_is_one_line_and_writes_nothing(points, texts, tmp_path, capsys):
     data, model, _ = texts
 
@@ -284,8 +291,13 @@ def test_bad_input_is_one_line_and_writes_nothing(points, texts, tmp_path, capsy
     assert "a convnet reads images" in said(*per, "--architecture", "convnet")
     assert "none.jsonl" in said("--data", str(tmp_path / "none.jsonl"), "--per-class", "1")
     plain = ("--data", data, "--examples", "3")
-    assert "given for plain text" in said(*plain)
+    assert "given for plain text" in said(*plain, "--method", "el2n")
     assert "no model reads them" in said(*plain, "--method", "herding")
     assert "quota is 30" in said("--data", data, "--examples", "30", "--method", "random")
+    read = ("--data", data, "--per-class", "2", "--model", model)
+    assert "accepted: 1 to its 128 positions" in said(*read, "--seq-len", "129")
+    assert "a convnet reads images" in said(*read, "--architecture", "convnet")
+    long = ("--method", "herding", "--model", model, "--seq-len", "129")
+    assert "accepted: 1 to its 128 positions" in said(*plain, *long)
     with pytest.raises(UserError, match="--resume"):
         condense(Condense(data=points, out=tmp_path / "r", per_class=1, resume=True))

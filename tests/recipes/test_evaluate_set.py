@@ -183,6 +183,17 @@ def test_bad_input_is_one_line(points, tmp_path, capsys):
     settings = before.settings | {"data": moved}
     save_set(tmp_path / "moved", dataclasses.replace(before, settings=settings))
     assert "has the fingerprint" in said("--set", str(tmp_path / "moved"), "--test", test)
+    for name, changes, line in (
+        ("no data", {"settings": {"reading": settings["reading"]}}, "name the data with --data"),
+        (
+            "no reading",
+            {"settings": {"data": moved}},
+            "no reading/level, reading/shape, reading/model",
+        ),
+        ("no labels", {"synthetic": before.synthetic.replace(fixed={})}, "has no labels"),
+    ):
+        save_set(tmp_path / name, dataclasses.replace(before, **changes))
+        assert line in said("--set", str(tmp_path / name), "--test", test)
     condense(Condense(data=str(texts), out=tmp_path / "lm", examples=1, method="random"))
     capsys.readouterr()
-    assert "texts for language models" in said("--set", str(tmp_path / "lm"), "--test", test)
+    assert "text for language models" in said("--set", str(tmp_path / "lm"), "--test", test)

@@ -13,11 +13,7 @@ from jaxdistill.report.condense_plots import (
     plot_images,
 )
 
-ROWS = [
-    {"step": 1, "loss": 2.0},
-    {"step": 2, "loss": 1.5, "eval/accuracy": 0.25},
-    {"step": 4, "loss": 1.25, "eval/accuracy": 0.5, "eval/accuracy_std": 0.125},
-]
+ROWS = [{"step": step, "loss": loss} for step, loss in ((1, 2.0), (2, 1.5), (4, 1.25))]
 
 
 @pytest.fixture
@@ -34,22 +30,13 @@ def figures(monkeypatch):
 
 
 def test_a_run_is_drawn_as_its_rows_say(tmp_path, figures):
-    made = plot_condense(tmp_path / "plots", ROWS)
-    assert [path.name for path in made] == ["outer_loss.png", "accuracy.png"]
-    assert all(matplotlib.image.imread(path).ndim == 3 for path in made)
-    (line,) = figures["outer_loss.png"].axes[0].lines
-    np.testing.assert_array_equal(line.get_xydata(), [[1, 2], [2, 1.5], [4, 1.25]])
-    axes = figures["accuracy.png"].axes[0]
-    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[2, 25], [4, 50]])
-    (bars,) = axes.collections
-    np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [[25, 25], [37.5, 62.5]])
-
-
-def test_only_what_was_measured_is_drawn(tmp_path, figures):
-    steep = [{"step": i, "loss": 10.0**-i} for i in range(4)]
-    assert [path.name for path in plot_condense(tmp_path, steep)] == ["outer_loss.png"]
+    path = plot_condense(tmp_path / "plots", ROWS)
+    assert path.name == "outer_loss.png" and matplotlib.image.imread(path).ndim == 3
+    axes = figures["outer_loss.png"].axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 2], [2, 1.5], [4, 1.25]])
+    assert axes.get_yscale() == "linear"
+    plot_condense(tmp_path, [{"step": i, "loss": 10.0**-i} for i in range(4)])
     assert figures["outer_loss.png"].axes[0].get_yscale() == "log"
-    assert plot_condense(tmp_path, []) == []
 
 
 @pytest.mark.parametrize("channels", [(), (1,), (3,)])

@@ -1,0 +1,86 @@
+"""The learning of a synthetic set: updates by any method, with progress and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from rich.console import Console
+
+from jaxdistill.dd.condense import CondenseState, MetaLoss, init_condense, make_condense_step
+from jaxdistill.dd.synthetic import Synthetic
+from jaxdistill.models.sharding import make_sharded
+from jaxdistill.recipes.condense_options import Condense
+from jaxdistill.train.loop import train
+from jaxdistill.train.run_directory import RunDirectory
+
+
+class Learning(NamedTuple):
+    """Hold what ``learn`` does; build one with ``learning``.
+
+    Attributes:
+        step: ``(state, teacher params, batch) -> (state, metrics)``.
+        state: the first one.
+        teacher: params that every real batch is read with, or None.
+        batches: ``batches[i]`` is the real data of update i.
+        fingerprint: of the real data.
+    """
+
+    step: Callable[..., Any]
+    state: CondenseState
+    teacher: Any
+    batches: Any
+    fingerprint: str
+
+
+def learning(
+    o: Condense,
+    start: Synthetic,
+    meta_loss: MetaLoss,
+    batches: Any,
+    fingerprint: str,
+    *,
+    teacher: Any = None,
+) -> Learning:
+    """Make ready to learn a set, and trace an update: what cannot be computed is said here.
+
+    Args:
+        o: the options.
+        start: the set before the first update.
+        meta_loss: what each update makes less.
+        batches: ``batches[i]`` is the real data of update i.
+        fingerprint: of the real data, kept with each checkpoint.
+        teacher: params that join every batch as ``teacher``; None for none.
+    """
+    tx = optax.adam(optax.cosine_decay_schedule(o.lr, o.steps))
+    update = make_condense_step(meta_loss, tx, networks=o.networks)
+
+    def step(state: Any, teacher: Any, batch: Any) -> Any:
+        return update(state, batch if teacher is None else {**batch, "teacher": teacher})
+
+    state = make_sharded(lambda: init_condense(start, tx, o.seed))
+    jax.eval_shape(step, state, teacher, batches[0])
+    return Learning(step, state, teacher, batches, fingerprint)
+
+
+def learn(o: Condense, what: Learning, run: RunDirectory, console: Console) -> Synthetic:
+    """Return the learned set."""
+    quarter = max(1, o.steps // 4)
+    state = train(
+        what.step,
+        what.state,
+        what.teacher,
+        what.batches,
+        steps=o.steps,
+        run=run,
+        fingerprint=what.fingerprint,
+        resume=o.resume,
+        checkpoint_every={0: quarter, -1: 0}.get(o.checkpoint_every, o.checkpoint_every),
+        guard=o.guard,
+        console=console,
+        name="condense",
+    )
+    assert isinstance(state, CondenseState)
+    return state.synthetic
