@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from jaxdistill.models.hf_directory import (
     write_weights,
 )
 from jaxdistill.models.hf_layout import HFTensor, hf_layout
+from jaxdistill.models.json_text import read_object
 from jaxdistill.models.safetensors import FLOAT_TAGS, SafetensorsFile
 from jaxdistill.models.tokenizer import Tokenizer
 
+_SHARD = re.compile(r"[\w.=+@ -]{1,200}\.safetensors", re.ASCII)  # no way out of the directory
 SAVE_DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -53,7 +55,8 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
         directory / "config.json", "a model directory with config.json and safetensors"
     )
     if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unknown")
+        given = raw["quantization_config"]
+        method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
         raise UserError(
             f"{directory} holds weights quantized with {method!r}; accepted: float weights; "
             "give the unquantized model"
@@ -63,8 +66,7 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
     where = _locate(directory)
     _check_names(directory, config, layout, where)
 
-    params: Params = {}
-    for t in layout:
+    for t in layout:  # all of them, before anything of the model's size is allocated
         file = where[t.name]
         entry = file.entries[t.name]
         if entry.tag not in FLOAT_TAGS:
@@ -77,9 +79,12 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
                 f"{t.name} in {file.path} has shape {list(entry.shape)} where config.json asks for "
                 f"{list(t.shape)}; give the config.json that belongs to these weights"
             )
+    params: Params = {}
+    for t in layout:
         leaf = _slot(params, t, config.num_layers)
-        source = file.read(t.name)
-        np.copyto(leaf, source.T if t.transpose else source, casting="unsafe")
+        source = where[t.name].read(t.name)
+        with np.errstate(all="ignore"):
+            np.copyto(leaf, source.T if t.transpose else source, casting="unsafe")
     return config, params
 
 
@@ -140,12 +145,9 @@ def _read_json(path: Path, accepted: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}; accepted: {accepted}")
     try:
-        d = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (ValueError, OSError) as e:
         raise UserError(f"cannot read {path} as JSON ({e}); fetch it again") from None
-    if not isinstance(d, dict):
-        raise UserError(f"{path} holds no JSON object; fetch it again")
-    return d
 
 
 def _locate(directory: Path) -> dict[str, SafetensorsFile]:
@@ -159,8 +161,13 @@ def _locate(directory: Path) -> dict[str, SafetensorsFile]:
             "convert the model with transformers' save_pretrained"
         )
     names = _read_json(directory / INDEX, INDEX).get("weight_map")
-    if not isinstance(names, dict):
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise UserError(f"{directory / INDEX} has no weight_map; fetch it again")
+    if outside := [shard for shard in names.values() if not _SHARD.fullmatch(shard)]:
+        raise UserError(
+            f"{directory / INDEX} names the shard {outside[0]!r}; accepted: files of that "
+            "directory that end in .safetensors; fetch it again"
+        )
     files: dict[str, SafetensorsFile] = {}
     for shard in sorted(set(names.values())):
         if not (directory / shard).is_file():

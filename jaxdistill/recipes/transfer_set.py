@@ -171,8 +171,13 @@ def with_teacher_text(
         part = where.with_name("part-" + where.name)
         np.savez(part, **cast(Any, made))
         part.replace(where)
-    with np.load(where) as saved:
-        rows = Packed(**{name: saved[name] for name in saved.files})
+    try:
+        with np.load(where, allow_pickle=False) as saved:
+            rows = Packed(**{name: saved[name] for name in saved.files})
+    except Exception as e:  # numpy raises a dozen kinds for a damaged file
+        raise UserError(
+            f"{where} is damaged ({type(e).__name__}); delete it to have the teacher answer again"
+        ) from None
     return found._replace(rows=rows, fingerprint=fingerprint(rows))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import UserError
+from jaxdistill.models.json_text import parse_json, read_object
 
 _PACKAGES = ("jaxdistill", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -25,14 +26,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Read every whole row of one of a run's logs; one cut off by a kill is left out."""
+    """Read every whole row of one of a run's logs; one cut off by a kill is left out.
+
+    So is what is no object with a whole number as its ``step``.
+    """
     path = run / name
+    if not path.is_file():
+        return []
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line, constants=True)
+        except ValueError:
             continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 
@@ -113,7 +121,7 @@ class RunDirectory:
 def _options_of(config: Path) -> dict[str, Any]:
     """Return the options a run was started with; raise ``UserError`` where it is no run's file."""
     try:
-        return dict(json.loads(config.read_text())["options"])
+        return dict(read_object(config)["options"])
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"{config.parent} exists and is not a run; choose another --out") from None
 
