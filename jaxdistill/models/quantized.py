@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
 import shutil
@@ -139,6 +140,8 @@ def _shifted(node: Params, before: Any, after: Any, by: int) -> Params:
 
 def _load_arrays(path: Path, config: ModelConfig) -> Params:
     """Restore every array of an orbax checkpoint onto the first device, its shapes checked."""
+    for name in ("absl", "asyncio"):  # what is wrong comes as an error, and needs no log
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     found: Any = ocp.metadata(str(path)).metadata
     _check_shapes(path, found, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxdistill.models.json_text import read_object
 
 Tokenizer = PreTrainedTokenizerFast
 
+_MAX_ID = 2**24
 _ELSEWHERE = ("fast_tokenizer_files", "from_slow", "gguf_file", "init_inputs", "tokenizer_object")
 
 
@@ -32,7 +33,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"no tokenizer.json in {str(root)!r}; give an HF model directory, or write the file "
             "with the tokenizer's save_pretrained"
         )
-    _check_side_files(root)
+    _check_files(root)
     try:
         return Tokenizer.from_pretrained(str(root), local_files_only=True)
     except BaseException as e:  # tokenizers raises bare Exception, and panics are none even
@@ -41,19 +42,30 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise UserError(f"cannot read the tokenizer in {str(root)!r}: {one_line(e)}") from e
 
 
-def _check_side_files(root: Path) -> None:
-    """Raise ``UserError`` where a side file is no JSON object, or asks for files elsewhere.
+def _check_files(root: Path) -> None:
+    """Raise ``UserError`` where a file is no JSON object, has wild ids, or names files elsewhere.
 
-    ``transformers`` hands what stands in these files to the tokenizer as arguments, which may be
+    ``tokenizers`` makes a table as long as the largest id, and ends the process where it cannot.
+    ``transformers`` hands what stands in the side files to the tokenizer as arguments, which may be
     the paths of files to open.
     """
-    for path in (root / "tokenizer_config.json", root / "special_tokens_map.json"):
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    for path in (root / name for name in names):
         if not path.is_file():
             continue
         try:
             said = read_object(path)
         except (OSError, ValueError) as e:
-            raise UserError(f"cannot read {path} as JSON ({e}); fetch it again") from None
+            raise UserError(
+                f"cannot read the tokenizer in {str(root)!r}: {path.name} is no JSON object ({e}); "
+                "fetch it again"
+            ) from None
+        if path.name == "tokenizer.json":
+            if not all(type(i) is int and 0 <= i < _MAX_ID for i in _ids(said)):
+                raise UserError(
+                    f"{path} has an id that is no whole number from 0 to {_MAX_ID}; fetch it again"
+                )
+            continue
         if path.name == "tokenizer_config.json":
             strange = [key for key in _ELSEWHERE if said.get(key)]
         else:
@@ -63,6 +75,19 @@ def _check_side_files(root: Path) -> None:
                 f"{path} has {strange[0]!r}, which makes other files be read; accepted: the "
                 "tokenizer of that directory; remove the key"
             )
+
+
+def _ids(node: Any, key: str = "") -> Iterator[Any]:
+    """Yield every id in a ``tokenizer.json``; what has another form is left to its reader."""
+    if key in ("vocab", "ids", "id") and not isinstance(node, str | list | dict):
+        yield node
+    elif isinstance(node, dict):
+        for name, child in node.items():
+            if key == "vocab" or name not in ("merges", "normalizer", "pre_tokenizer", "decoder"):
+                yield from _ids(child, key if key == "vocab" else name)
+    elif isinstance(node, list) and (key == "ids" or any(isinstance(n, dict) for n in node)):
+        for child in node:
+            yield from _ids(child, key if key == "ids" else "")
 
 
 def tokenizer_spec(tokenizer: Tokenizer) -> dict[str, Any]:

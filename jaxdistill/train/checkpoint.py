@@ -23,14 +23,22 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        for name in ("absl", "asyncio"):  # what is wrong comes as an error, and needs no log
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self.directory = directory.resolve()
-        self._orbax = ocp.training.Checkpointer(
-            str(self.directory),
-            # orbax's own policies do not match its protocol: the argument's type is narrower.
-            preservation_policy=_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
-            cleanup_tmp_directories=True,
-        )
+        try:
+            self._orbax = ocp.training.Checkpointer(
+                str(self.directory),
+                # orbax's own policies do not match its protocol: the argument's type is narrower.
+                preservation_policy=_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
+                cleanup_tmp_directories=True,
+            )
+            _ = self._orbax.latest
+        except Exception as e:  # it reads what every checkpoint says of itself
+            raise UserError(
+                f"the checkpoints in {self.directory} cannot be read ({_reason(e)}); delete the "
+                "damaged one, or start again in another --out"
+            ) from None
 
     def __exit__(self, *_: object) -> None:
         self._orbax.close()
@@ -67,9 +75,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
             state = self._orbax.load(step, abstract)
         except Exception as e:  # orbax and tensorstore raise many kinds for a damaged directory
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
             raise UserError(
-                f"checkpoint {where} cannot be restored ({reason}); delete that directory to "
+                f"checkpoint {where} cannot be restored ({_reason(e)}); delete that directory to "
                 "resume from the one before, or start again in another --out"
             ) from None
         if saved != fingerprint:
@@ -84,6 +91,10 @@ def last_checkpoint(directory: Path) -> int | None:
     """Return the step of a run's last whole checkpoint, None where there is none."""
     with Checkpoints(directory) as checkpoints:
         return checkpoints.latest
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _shapes(tree: Any) -> list[str]:

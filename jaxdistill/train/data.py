@@ -54,7 +54,7 @@ _ACCEPTED = (
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
 _COLUMNS = ("text", "messages", "instruction", "input", "output")
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
-_MAX_COLUMNS = 256
+_MAX_COLUMNS, _MAX_DEPTH = 256, 8
 _SPLITS |= {split: split for split in ("train", "test", "validation")}
 
 
@@ -211,15 +211,16 @@ def _dataset(path: Path, rows: list[dict[str, Any]]) -> datasets.Dataset:
     """Turn rows into columns; beside the known ones, only those that Arrow can hold together."""
     names = dict.fromkeys(name for row in rows for name in row)
     known = {name: [row.get(name) for row in rows] for name in _COLUMNS if name in names}
-    if _is_wide(known.get("messages", [])):
+    if _is_wild(known.get("messages", [])):
         raise UserError(
-            f"data file {str(path)!r} has messages with more than {_MAX_COLUMNS} different keys; "
-            "accepted: role, content and a few more; remove the others"
+            f"data file {str(path)!r} has messages of more than {_MAX_COLUMNS} different keys, or "
+            f"nested more than {_MAX_DEPTH} deep; accepted: role, content and a few more; remove "
+            "the others"
         )
     columns = known
     if len(names) <= _MAX_COLUMNS:
         every = {name: known.get(name) or [row.get(name) for row in rows] for name in names}
-        columns = {name: column for name, column in every.items() if not _is_wide(column)}
+        columns = {name: column for name, column in every.items() if not _is_wild(column)}
     for chosen in (columns, known):
         try:
             return datasets.Dataset.from_dict(chosen)
@@ -231,11 +232,16 @@ def _dataset(path: Path, rows: list[dict[str, Any]]) -> datasets.Dataset:
     ) from problem
 
 
-def _is_wide(column: list[Any]) -> bool:
-    """Tell whether the objects in a column have too many keys: each is a column to Arrow."""
+def _is_wild(column: list[Any]) -> bool:
+    """Tell whether the objects in a column have too many keys, or are nested too deeply.
+
+    Each key is a column to Arrow, of a place in every row; and ``datasets`` looks at every level
+    twice, at 90 levels for ever.
+    """
     paths: dict[tuple[int, str], int] = {}
-    level = [(0, value) for value in column if isinstance(value, dict | list)]
-    while level and len(paths) <= _MAX_COLUMNS:
+    level, depth = [(0, value) for value in column if isinstance(value, dict | list)], 0
+    while level and len(paths) <= _MAX_COLUMNS and depth <= _MAX_DEPTH:
+        depth += 1
         children = []
         for at, node in level:
             inside = node.items() if isinstance(node, dict) else (("", child) for child in node)
@@ -245,7 +251,7 @@ def _is_wide(column: list[Any]) -> bool:
                     if isinstance(child, dict | list):
                         children.append((path, child))
         level = children
-    return len(paths) > _MAX_COLUMNS
+    return len(paths) > _MAX_COLUMNS or depth > _MAX_DEPTH
 
 
 def _load_parquet(path: Path) -> datasets.Dataset:
@@ -257,21 +263,20 @@ def _load_parquet(path: Path) -> datasets.Dataset:
     """
     try:
         with pq.ParquetFile(path) as file:
+            given = file.schema_arrow
+            if len(given) > _MAX_COLUMNS:
+                raise ValueError(f"it has {len(given)} columns")
+            schema = pa.schema([pa.field(f.name, _plain_type(f.type)) for f in given])
             allowed = max(EXEMPT, MAX_RATIO * path.stat().st_size)
-            tables, size = [], 0
+            read = []
             for batch in file.iter_batches(batch_size=256, use_threads=False):
-                size += batch.nbytes
-                if size > allowed:
-                    raise ValueError(f"it unpacks to more than {MAX_RATIO} times its bytes")
                 batch.validate(full=True)  # UTF-8, and every offset and index inside
-                tables.append(batch)
-            table = pa.Table.from_batches(tables, file.schema_arrow).replace_schema_metadata(None)
-        if len(table.schema) > _MAX_COLUMNS:
-            raise ValueError(f"it has {len(table.schema)} columns")
-        plain = [
-            field.with_type(_plain_type(field.type)).with_metadata(None) for field in table.schema
-        ]
-        return datasets.Dataset(datasets.table.InMemoryTable(table.cast(pa.schema(plain))))
+                read.append(batch.cast(schema))
+                allowed -= read[-1].nbytes
+                if allowed < 0:
+                    raise ValueError(f"it unpacks to more than {MAX_RATIO} times its bytes")
+        table = pa.Table.from_batches(read, schema)
+        return datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()))
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
         raise UserError(
             f"data file {str(path)!r} cannot be read ({_line(error)}); "

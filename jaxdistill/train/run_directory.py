@@ -97,8 +97,13 @@ class RunDirectory:
         for log in {"metrics.jsonl", *(path.name for path in self.path.glob("*.jsonl"))}:
             kept = [row for row in read_metrics(self.path, log) if row["step"] <= step]
             part = self.path / f"{log}.part"
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(part, self.path / log)
+            try:
+                part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                os.replace(part, self.path / log)
+            except OSError as e:
+                raise UserError(
+                    f"{self.path / log} cannot be written ({e.strerror or e}); move it away"
+                ) from None
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append one row to ``metrics.jsonl`` and to TensorBoard."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from jaxdistill.errors import UserError
 
 MAX_LINE = 16 * 2**20  # characters
-MAX_RATIO, EXEMPT = 200, 64 * 2**20  # text compresses to a third or a tenth, a bomb to a thousandth
+MAX_RATIO, EXEMPT = 100, 16 * 2**20  # text shrinks to a third or a tenth, a bomb to a thousandth
 _PIECE = 2**20
 
 
@@ -20,49 +18,42 @@ def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 file; gzip where the name ends in .gz, byte order mark skipped.
 
     Raises:
-        UserError: a line has more than ``MAX_LINE`` characters, or the compressed file more than
-            ``MAX_RATIO`` times its bytes (``EXEMPT`` characters are read in any case).
+        UserError: a line has more than ``MAX_LINE`` characters, or the compressed file unpacks to
+            more than ``MAX_RATIO`` times its bytes (``EXEMPT`` bytes are read in any case).
         OSError, EOFError, zlib.error, UnicodeDecodeError: the file cannot be read.
     """
-    with _opened(path) as (file, allowed):
-        number, total = 0, 0
+    with _opened(path) as file:
+        number = 0
         while line := file.readline(MAX_LINE + 1):
-            number, total = number + 1, total + len(line)
+            number += 1
             if len(line) > MAX_LINE:
                 raise UserError(
                     f"{path}:{number} has more than {MAX_LINE} characters; accepted: one row a "
                     "line; cut the text into several rows"
                 )
-            _check_total(path, total, allowed)
             yield line
 
 
 def read_text(path: Path) -> str:
     """Return a whole file; see ``read_lines`` for what is accepted, but for the lines' length."""
-    with _opened(path) as (file, allowed):
-        pieces, total = [], 0
-        while piece := file.read(_PIECE):
-            pieces.append(piece)
-            total += len(piece)
-            _check_total(path, total, allowed)
-    return "".join(pieces)
+    with _opened(path) as file:
+        return file.read()
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, float | int]]:
-    """Open a file; also give how many characters of it may be read."""
+def _opened(path: Path) -> IO[str]:
+    """Open a file for reading, after one compressed was unpacked once to see how large it is."""
     if not path.is_file():
         raise UserError(f"{str(path)!r} is no file; give the path of an existing file")
-    compressed = path.name.lower().endswith(".gz")
-    allowed = max(EXEMPT, MAX_RATIO * path.stat().st_size) if compressed else math.inf
-    opened: Any = gzip.open if compressed else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:
-        yield file, allowed
-
-
-def _check_total(path: Path, total: int, allowed: float | int) -> None:
-    if total > allowed:
-        raise UserError(
-            f"{str(path)!r} has {path.stat().st_size} bytes and unpacks to more than {total}; "
-            f"accepted: {MAX_RATIO} times as many; give the file uncompressed if you trust it"
-        )
+    if not path.name.lower().endswith(".gz"):
+        return path.open(encoding="utf-8-sig")
+    size = path.stat().st_size
+    left = max(EXEMPT, MAX_RATIO * size)
+    with gzip.open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            left -= len(piece)
+            if left < 0:
+                raise UserError(
+                    f"{str(path)!r} has {size} bytes and unpacks to more than {MAX_RATIO} times as "
+                    "many; give the file uncompressed if you trust it"
+                )
+    return gzip.open(path, "rt", encoding="utf-8-sig")

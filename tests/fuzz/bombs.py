@@ -142,6 +142,7 @@ def tokenizer() -> dict[str, Files]:
         },
         "a GGUF file": {"tokenizer_config.json": _json(config | {"gguf_file": "/etc/passwd"})},
         "deep": {"tokenizer.json": b'{"model":' * 50_000},
+        "an id of 2^31": {"tokenizer.json": _json({"model": {"vocab": {"a": 2**31}}})},
         "a template that opens files": template("{% include '/etc/passwd' %}"),
         "a template that runs code": template(
             "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__ }}"
@@ -154,7 +155,7 @@ def tokenizer() -> dict[str, Files]:
 
 def data() -> dict[str, Files]:
     def gz(raw: bytes) -> Files:
-        return {"data.jsonl.gz": gzip.compress(raw, 9)}
+        return {"data.jsonl.gz": gzip.compress(raw, 1)}
 
     def lines(rows: list[object]) -> Files:
         return {"data.jsonl": b"\n".join(_json(row) for row in rows)}
@@ -162,7 +163,7 @@ def data() -> dict[str, Files]:
     n = 6000
     message = {"role": "user", "content": "x"}
     table = io.BytesIO()
-    texts = pa.array(["x" * 10_000] * 200_000).dictionary_encode()
+    texts = pa.DictionaryArray.from_arrays(np.zeros(200_000, np.int32), ["x" * 10_000])
     pq.write_table(pa.table({"text": texts}), table, compression="zstd")
     picture = {"info": {"features": {"text": {"dtype": "string", "_type": "Value"}}}}
     picture["info"]["features"]["image"] = {"_type": "Image"}  # type: ignore[assignment]
@@ -171,9 +172,9 @@ def data() -> dict[str, Files]:
     named = io.BytesIO()
     pq.write_table(pictures.replace_schema_metadata({"huggingface": json.dumps(picture)}), named)
     return {
-        "200 MB of spaces on a line": gz(b" " * 200_000_000),
-        "200 MB of empty lines": gz(b"\n" * 200_000_000),
-        "200 MB of one string": gz(b'{"text": "' + b"a" * 200_000_000),
+        "100 MB of spaces on a line": gz(b" " * 100_000_000),
+        "100 MB of empty lines": gz(b"\n" * 100_000_000),
+        "100 MB of one string": gz(b'{"text": "' + b"a" * 100_000_000),
         "a line of 20 MB": {"data.jsonl": _json({"text": "ab " * 7_000_000})},
         "deep": {"data.jsonl": b'{"text": ' + b"[" * 200_000},
         "a key of its own in every row": lines([{"text": "a", f"k{i}": 1} for i in range(n)]),
