@@ -147,9 +147,10 @@ class GGUFFile:
         if item != _STRING:
             return self._numbers(item, at + 12, count)
         texts, at = [], at + 12
-        for _ in range(count):
-            text, at = _text(self._header, at)
-            texts.append(text)
+        for _ in range(count):  # the walk has seen that all of them lie inside
+            (length,) = struct.unpack_from("<Q", self._header, at)
+            texts.append(str(self._header[at + 8 : at + 8 + length], "utf-8"))
+            at += 8 + length
         return texts
 
     def _numbers(self, kind: int, at: int, count: int) -> list[Any]:
@@ -206,10 +207,11 @@ def _after(data: mmap.mmap, at: int, kind: int, strings: list[int]) -> int:
     if count > _MAX_ITEMS or strings[0] < 0:
         raise ValueError(f"an array of {count} values")
     if item == _STRING:
-        for _ in range(count):
-            (length,) = struct.unpack_from("<Q", data, at)
-            at = _inside(data, at + 8 + length)
-    return at
+        for _ in range(count):  # beyond the end, there is nothing to unpack
+            at += 8 + struct.unpack_from("<Q", data, at)[0]
+            if at > len(data):
+                break
+    return _inside(data, at)
 
 
 def _width(kind: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from jaxdistill.errors import UserError
 
@@ -40,7 +40,7 @@ def read_text(path: Path) -> str:
         return file.read()
 
 
-def _opened(path: Path) -> IO[str]:
+def _opened(path: Path) -> Any:
     """Open a file for reading, after one compressed was unpacked once to see how large it is."""
     if not path.is_file():
         raise UserError(f"{str(path)!r} is no file; give the path of an existing file")

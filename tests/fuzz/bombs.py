@@ -41,14 +41,14 @@ def _tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
 def gguf() -> dict[str, Files]:
     arch = _field("general.architecture", 8, _text(b"llama"))
     numbers = _field("x", 9, struct.pack("<IQ", 0, 4_000_000) + bytes(4_000_000))
-    strings = _field("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 500_000) + bytes(4_000_000))
+    strings = _field("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 300_000) + bytes(2_400_000))
     piece = _text(b"ab" * 100_000)
     long = [
         _field("tokenizer.ggml.model", 8, _text(b"llama")),
         _field("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + piece),
         _field("tokenizer.ggml.scores", 9, struct.pack("<IQf", 6, 1, 0.0)),
     ]
-    overlap = [_tensor(f"blk.{i}.x", (64, 64), 0, 0) for i in range(1000)]
+    overlap = [_tensor(f"blk.{i}.x", (64, 64), 0, 0) for i in range(100)]
     huge = [_tensor("token_embd.weight", (2**32, 2**32), 0, 0)]
     found = {
         "array of 4 million bytes": _header([arch, numbers]),
@@ -214,7 +214,7 @@ class _Runs:
 def labelled() -> dict[str, Files]:
     claim = _npy(np.zeros((4, 4), np.float32)).replace(b"(4, 4)", b"(9999999999,4)", 1)
     found = {
-        "400 MB of zeros": _npz("inputs", _npy(np.zeros((100, 10**6), np.float32))),
+        "200 MB of zeros": _npz("inputs", _npy(np.zeros((50, 10**6), np.float32))),
         "a claim of 160 GB": _npz("inputs", claim),
         "a pickle": _npz("inputs", _npy(np.array([_Runs()], dtype=object))),
     }
