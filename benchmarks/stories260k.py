@@ -10,8 +10,9 @@ import gguf
 import numpy as np
 
 from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.gguf_file import GGUFFile
+from jaxdistill.models.gguf_tokenizer import tokenizer_from_gguf
 from jaxdistill.models.hub import Model
-from jaxdistill.models.tokenizer import tokenizer_from_gguf
 
 
 def load_stories(folder: Path) -> Model:
@@ -96,4 +97,4 @@ def tokenizer_of(path, work):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return tokenizer_from_gguf(gguf.GGUFReader(work / "tokenizer.gguf"))
+    return tokenizer_from_gguf(GGUFFile(work / "tokenizer.gguf"))

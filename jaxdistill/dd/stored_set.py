@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.errors import UserError
+from jaxdistill.models.json_text import parse_json
 from jaxdistill.models.safetensors import SafetensorsFile
 
 Level = Literal["features", "embeddings", "images", "text"]
@@ -228,11 +228,7 @@ def load_set(directory: str | os.PathLike[str]) -> StoredSet:
             f"{str(directory)!r} holds no {ARRAYS}; give the directory of a synthetic set"
         )
     file = SafetensorsFile(path)
-    try:
-        with safe_open(path, "numpy") as opened:
-            metadata = opened.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}); condense again") from None
+    metadata = file.metadata
     if metadata.get("format") != _FORMAT:
         raise UserError(
             f"{path} has the format {metadata.get('format')!r}; accepted: {_FORMAT!r}; "
@@ -240,11 +236,13 @@ def load_set(directory: str | os.PathLike[str]) -> StoredSet:
         )
     arrays: dict[str, dict[str, Any]] = {"learned": {}, "fixed": {}}
     try:
-        header = json.loads(metadata["set"])
+        header = parse_json(metadata["set"])
         found = {name: header[name] for name in _HEADER}
+        _check_header(found)
         for entry in file.entries:
             group, name = entry.split("/", 1)
-            arrays[group][name] = jnp.asarray(file.read(entry))
+            with np.errstate(all="ignore"):  # to 32 bits; what is not finite is refused
+                arrays[group][name] = jnp.asarray(file.read(entry))
     except (KeyError, ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); condense again") from None
     texts = found["texts"]
@@ -257,6 +255,27 @@ def load_set(directory: str | os.PathLike[str]) -> StoredSet:
         return StoredSet(**found)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
+
+
+def _check_header(found: dict[str, Any]) -> None:
+    """Raise ``TypeError`` where a field of the header has another type than ``StoredSet`` says."""
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+    slices = found["slices"]
+    good = {
+        "level": isinstance(found["level"], str),
+        "method": isinstance(found["method"], str),
+        "classes": texts(found["classes"]),
+        "texts": found["texts"] is None or texts(found["texts"]),
+        "settings": isinstance(found["settings"], dict),
+        "slices": isinstance(slices, dict)
+        and all(isinstance(v, list) and all(type(i) is int for i in v) for v in slices.values()),
+    }
+    for name, fits in good.items():
+        if not fits:
+            raise TypeError(f"{name} of another type")
 
 
 def _check_target(target: Path) -> None:

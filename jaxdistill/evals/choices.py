@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,7 +13,9 @@ import numpy as np
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.likelihood import encode_pair, log_likelihoods
+from jaxdistill.models.json_text import parse_json
 from jaxdistill.models.tokenizer import Tokenizer
+from jaxdistill.train.text_file import read_lines
 
 FORM = (
     'one object a line, {"context": text, "choices": [two texts or more, none empty], '
@@ -73,14 +73,12 @@ def load_choices(path: str | Path, limit: int = 0) -> list[Question]:
             "or rename it"
         )
     questions: list[Question] = []
-    opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    questions.append(_question(line, f"{path}:{number}"))
-                if 0 < limit <= len(questions):
-                    break
+        for number, line in enumerate(read_lines(path), 1):
+            if line.strip():
+                questions.append(_question(line, f"{path}:{number}"))
+            if 0 < limit <= len(questions):
+                break
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(
             f"choices {str(path)!r} cannot be read ({error}); accepted: UTF-8 text, compressed "
@@ -94,7 +92,7 @@ def load_choices(path: str | Path, limit: int = 0) -> list[Question]:
 def _question(line: str, where: str) -> Question:
     """Check one line and return its question."""
     try:
-        row = json.loads(line)
+        row = parse_json(line, constants=True)
     except ValueError as error:
         raise UserError(f"{where} is not JSON ({error}); accepted: {FORM}; correct it") from error
     problem = _problem(row)
@@ -113,20 +111,15 @@ def _problem(row: Any) -> str:
     if missing:
         return f"lacks {' and '.join(missing)}"
     context, choices, label = row["context"], row["choices"], row["label"]
-    if not _is_text(context):
+    if not isinstance(context, str):
         return f"has the context {context!r}, no text"
-    if not isinstance(choices, list) or not all(_is_text(c) and c for c in choices):
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
         return f"has the choices {choices!r}, no list of texts that are not empty"
     if len(choices) < 2:
         return f"has {len(choices)} choices"
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
         return f"has the label {label!r} for {len(choices)} choices"
     return ""
-
-
-def _is_text(value: Any) -> bool:
-    """Tell whether a value is a string that UTF-8 can hold: JSON may escape half a character."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def choice_metrics(

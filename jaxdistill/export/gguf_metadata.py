@@ -10,15 +10,13 @@ from gguf import LlamaFileType, TokenType
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.tokenizer import (
-    Tokenizer,
+from jaxdistill.models.gguf_tokenizer import (
     adds_prefix_space,
     ggml_model,
     ggml_pre,
-    merge_pairs,
     merges_from_scores,
-    tokenizer_spec,
 )
+from jaxdistill.models.tokenizer import Tokenizer, merge_pairs, tokenizer_spec
 
 
 def add_model(

@@ -17,6 +17,7 @@ from jaxdistill.export.leaves import flat_leaves
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.hf_directory import CARD_MARK
 from jaxdistill.models.hub import cached_hub_name
+from jaxdistill.models.json_text import read_object
 from jaxdistill.report.table import markdown_table
 
 Directory = Literal["hf", "compressed-tensors", "mlx"]
@@ -118,21 +119,27 @@ def read_run(run: Path) -> RunFacts:
     read: dict[str, Any] = {}
     for name in ("config.json", "results.json", "student/quantization.json"):
         try:
-            read[name] = dict(json.loads((run / name).read_text(encoding="utf-8")))
+            read[name] = read_object(run / name)
         except (OSError, ValueError, TypeError) as e:
             raise UserError(
                 f"cannot read {run / name} ({type(e).__name__}); give the --out of a finished "
                 "`jaxdistill quantize`"
             ) from None
     config, results, specs = read.values()
-    return RunFacts(
-        name=run.resolve().name,
-        options=config.get("options", {}),
-        packages=config.get("environment", {}).get("packages", {}),
-        results={k: v for k, v in results.items() if isinstance(v, dict) and "nll" in v},
-        bits={path: spec["bits"] for path, spec in specs.get("weights", {}).items()},
-        activations=bool(specs.get("activations")),
-    )
+    try:
+        return RunFacts(
+            name=run.resolve().name,
+            options=dict(config.get("options", {})),
+            packages=dict(config.get("environment", {}).get("packages", {})),
+            results={k: v for k, v in results.items() if isinstance(v, dict) and "nll" in v},
+            bits={path: int(spec["bits"]) for path, spec in specs.get("weights", {}).items()},
+            activations=bool(specs.get("activations")),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{run} is damaged ({type(e).__name__} in its config.json or quantization.json); give "
+            "the --out of a finished `jaxdistill quantize`"
+        ) from None
 
 
 def model_card(

@@ -9,7 +9,8 @@ the next token is predicted, targets or not.
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import numpy as np
 from jaxdistill.errors import UserError
 from jaxdistill.kd.rows import Rows
 from jaxdistill.losses.loss import Loss, parse_loss
+from jaxdistill.models.json_text import read_object
 
 FORMAT = 1
 PARTS = ("log_probs", "indices", "log_tail")  # the order of writing
 HEADER = "cache.json"
+_SHARD = re.compile(rf"(\d{{5,12}})\.(?:{'|'.join(PARTS)})\.npy")
 _WHAT = {
     "model": "give the teacher that was cached, or cache this one",
     "tokenizer": "give a student of the teacher's family, or cache a teacher of this tokenizer",
@@ -49,6 +52,9 @@ class CacheHeader:
         mixture: how several became one.
         dtype: type in which the teachers ran.
         format: version of this layout.
+
+    Raises:
+        ValueError: a size is no positive whole number, or what is written has another type.
     """
 
     k: int
@@ -64,6 +70,21 @@ class CacheHeader:
     mixture: str
     dtype: str = "float32"
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for name in ("k", "vocab_size", "rows", "seq_len", "rows_per_shard"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**48:
+                raise ValueError(f"{name} is {value!r}")
+        if self.k > self.vocab_size or self.precision not in ("float16", "float32"):
+            raise ValueError(f"k is {self.k}, the precision {self.precision!r}")
+        if type(self.temperature) not in (int, float) or not 0 < self.temperature < 1e30:
+            raise ValueError(f"the temperature is {self.temperature!r}")
+        texts = (self.mixture, self.dtype, *self.teachers)
+        if not isinstance(self.fingerprints, Mapping) or not all(
+            isinstance(text, str) for text in (*texts, *self.fingerprints.values())
+        ):
+            raise ValueError("a name is no text")
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
@@ -91,8 +112,12 @@ def shard_file(directory: Path, shard: int, part: str) -> Path:
 def _open_part(directory: Path, header: CacheHeader, shard: int, part: str) -> np.ndarray | None:
     """Map a part of a shard; None where it is missing, cut off or of another shape."""
     try:
-        found = np.load(shard_file(directory, shard, part), mmap_mode="r")
-    except (OSError, ValueError, EOFError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = np.load(shard_file(directory, shard, part), mmap_mode="r", allow_pickle=False)
+    except Exception:  # numpy's header is Python's syntax, and raises a dozen kinds
+        return None
+    if not isinstance(found, np.ndarray):
         return None
     right = found.dtype == header.dtypes[part] and found.shape == header.shape_of(shard, part)
     return found if right else None
@@ -110,7 +135,7 @@ def read_header(path: Path) -> CacheHeader:
             f"{path} holds no teacher cache; give a directory that `jaxdistill cache-teacher` wrote"
         )
     try:
-        said = json.loads((path / HEADER).read_text())
+        said = read_object(path / HEADER)
         version = said["format"]
         if version == FORMAT:
             said["teachers"] = tuple(said["teachers"])
@@ -210,16 +235,17 @@ def open_cache(
                 f"{path} is of the {name} {cached}, and the {name} here is {now}; "
                 f"accepted: the same {name}; {_WHAT.get(name, 'cache it again')}"
             )
-    whole = [is_whole(path, header, shard) for shard in range(header.shards)]
-    if not all(whole):
-        done = sum(
-            header.shape_of(shard, "log_tail")[0] for shard, good in enumerate(whole) if good
-        )
+    # By what is there, not by what the header says there should be: that may be any number.
+    here = {int(m[1]) for file in path.iterdir() if (m := _SHARD.fullmatch(file.name))}
+    here = sorted(shard for shard in here if shard < header.shards)
+    whole = {shard for shard in here if is_whole(path, header, shard)}
+    if len(whole) < header.shards:
+        done = sum(header.shape_of(shard, "log_tail")[0] for shard in whole)
         cut = [
             shard_file(path, shard, part).name
-            for shard, good in enumerate(whole)
+            for shard in here
             for part in PARTS
-            if not good
+            if shard not in whole
             and shard_file(path, shard, part).exists()
             and _open_part(path, header, shard, part) is None
         ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 from jaxdistill.errors import UserError
 
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -14,6 +16,35 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any, least: int = 1, most: int = MAX_SIZE) -> None:
+    """Raise ``UserError`` unless the value is a whole number from ``least`` to ``most``."""
+    if not _is(numbers.Integral, value) or not least <= value <= most:
+        raise UserError(
+            f"the model's {name} is {value!r}; accepted: a whole number from {least} to {most}; "
+            "correct its config.json, or fetch it again"
+        )
+
+
+def _check_ids(*ids: Any) -> None:
+    for token in ids:
+        if token is not None:
+            _check_whole("bos_token_id or eos_token_id", token, least=-1)
+
+
+def _real(name: str, value: Any, least: float = 0.0) -> float:
+    """Return a number; raise ``UserError`` unless it is finite and above ``least``."""
+    if not _is(numbers.Real, value) or not least < value <= 1e30:
+        raise UserError(
+            f"the model's {name} is {value!r}; accepted: a number above {least:g}; correct its "
+            "config.json, or fetch it again"
+        )
+    return float(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +76,27 @@ class RopeScaling:
                 "rope scaling 'llama3' needs low_freq_factor, high_freq_factor and "
                 "original_max_position_embeddings; add them to config.json"
             )
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            if getattr(self, name) is not None:
+                _real(f"rope scaling {name}", getattr(self, name))
+        if self.original_max_position_embeddings is not None:
+            _check_whole("original_max_position_embeddings", self.original_max_position_embeddings)
+        if self.low_freq_factor is not None and self.low_freq_factor == self.high_freq_factor:
+            raise UserError(
+                f"rope scaling has low_freq_factor and high_freq_factor {self.low_freq_factor}; "
+                "accepted: a higher high_freq_factor; correct config.json"
+            )
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +108,10 @@ class ModelConfig:
         o_bias: bias on the output projection (Llama ``attention_bias``).
         qk_norm: RMS norm over each head of queries and keys before RoPE (Qwen3).
         sliding_window: number of positions a query may look back on, itself included; None for all.
+
+    Raises:
+        UserError: the family is not known, a size is no whole number from 1 to ``MAX_SIZE`` (layers
+            to ``MAX_LAYERS``), a rate is not finite, or the heads do not fit together.
     """
 
     model_type: str
@@ -85,6 +141,20 @@ class ModelConfig:
                 f"model type {self.model_type!r} is not supported; accepted: "
                 f"{', '.join(MODEL_TYPES)}; give a model of one of these families"
             )
+        _check_whole("num_layers", self.num_layers, most=MAX_LAYERS)
+        for name in _SIZES:
+            _check_whole(name, getattr(self, name))
+        if self.sliding_window is not None:
+            _check_whole("sliding_window", self.sliding_window)
+        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        _check_ids(self.bos_token_id, *eos)
+        _real("rope_theta", self.rope_theta)
+        _real("rms_norm_eps", self.rms_norm_eps, least=-1e-30)
+        if self.head_dim % 2:
+            raise UserError(
+                f"the model's head_dim is {self.head_dim}; accepted: an even number, for rotary "
+                "embeddings; correct its config.json"
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"{self.num_heads} attention heads do not divide into {self.num_kv_heads} "
@@ -101,8 +171,10 @@ class ModelConfig:
 
 def _rope(d: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Return (theta, scaling) from either spelling: ``rope_parameters``, or ``rope_scaling``."""
-    rope = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})  # HF's precedence
-    theta = float(rope.get("rope_theta") or d.get("rope_theta") or 10000.0)
+    rope = d.get("rope_scaling") or d.get("rope_parameters") or {}  # HF's precedence
+    if not isinstance(rope, dict):
+        raise UserError(f"rope scaling {rope!r} given; accepted: an object; correct config.json")
+    theta = _real("rope_theta", rope.get("rope_theta") or d.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     part = rope.get("partial_rotary_factor") or d.get("partial_rotary_factor") or 1.0
     if part != 1.0:
@@ -115,12 +187,16 @@ def _rope(d: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         rope.get(k)
         for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     )
+    if original is not None:
+        _check_whole("original_max_position_embeddings", original)
+    if not isinstance(kind, str):
+        raise UserError(f"rope type {kind!r} given; accepted: a name; correct config.json")
     return theta, RopeScaling(
         rope_type=kind,
-        factor=float(rope.get("factor", 1.0)),
-        low_freq_factor=None if low is None else float(low),
-        high_freq_factor=None if high is None else float(high),
-        original_max_position_embeddings=None if original is None else int(original),
+        factor=_real("rope scaling factor", rope.get("factor", 1.0)),
+        low_freq_factor=None if low is None else _real("low_freq_factor", low),
+        high_freq_factor=None if high is None else _real("high_freq_factor", high),
+        original_max_position_embeddings=original,
     )
 
 
@@ -134,7 +210,11 @@ def _window(d: dict[str, Any], kind: str, layers: int) -> int | None:
     if not d.get("use_sliding_window", False):
         return None
     kinds = d.get("layer_types")
-    full = kinds.count("full_attention") if kinds else min(d.get("max_window_layers", 28), layers)
+    if kinds is not None and not isinstance(kinds, list):
+        raise UserError(f"layer_types {kinds!r} given; accepted: a list; correct config.json")
+    first = d.get("max_window_layers", 28)
+    _check_whole("max_window_layers", first, least=0)
+    full = kinds.count("full_attention") if kinds else min(first, layers)
     if 0 < full < layers:
         raise UserError(
             f"a sliding window on {layers - full} of {layers} layers is not supported; accepted: "
@@ -156,13 +236,29 @@ def config_from_hf(d: dict[str, Any]) -> ModelConfig:
         ffn, layers = d["intermediate_size"], d["num_hidden_layers"]
     except KeyError as e:
         raise UserError(f"config.json lacks {e}; give the model's full HF config.json") from None
+    kv_heads = d.get("num_key_value_heads") or heads
+    positions = d.get("max_position_embeddings", 2048)
+    _check_whole("num_hidden_layers", layers, most=MAX_LAYERS)
+    for name, value in (
+        ("vocab_size", vocab),
+        ("hidden_size", width),
+        ("intermediate_size", ffn),
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", kv_heads),
+        ("max_position_embeddings", positions),
+    ):
+        _check_whole(name, value)
     if d.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"activation {d['hidden_act']!r} is not supported; accepted: silu")
     theta, scaling = _rope(d)
     # Only these two families read the key; Qwen2 always has biases on queries, keys and values.
     attention_bias = kind in ("llama", "qwen3") and bool(d.get("attention_bias", False))
-    eos = d.get("eos_token_id")
     head_dim = d.get("head_dim") or (128 if kind == "qwen3" else width // heads)
+    _check_whole("head_dim", head_dim)
+    if (window := _window(d, kind, layers)) is not None:
+        _check_whole("sliding_window", window)
+    bos, eos = d.get("bos_token_id"), d.get("eos_token_id")
+    _check_ids(bos, *(eos if isinstance(eos, list) else [eos]))
     return ModelConfig(
         model_type=kind,
         vocab_size=vocab,
@@ -170,19 +266,19 @@ def config_from_hf(d: dict[str, Any]) -> ModelConfig:
         intermediate_size=ffn,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=d.get("num_key_value_heads") or heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=d.get("max_position_embeddings", 2048),
+        max_position_embeddings=positions,
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=float(d.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_real("rms_norm_eps", d.get("rms_norm_eps", 1e-6), least=-1e-30),
         tie_embeddings=bool(d.get("tie_word_embeddings", False)),
         qkv_bias=kind == "qwen2" or attention_bias,
         o_bias=kind != "qwen2" and attention_bias,
         mlp_bias=kind == "llama" and bool(d.get("mlp_bias", False)),
         qk_norm=kind == "qwen3",
-        sliding_window=_window(d, kind, layers),
-        bos_token_id=d.get("bos_token_id"),
+        sliding_window=window,
+        bos_token_id=bos,
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
     )
 

@@ -7,18 +7,17 @@ of every type that the ``gguf`` package knows are dequantized to float32.
 
 from __future__ import annotations
 
-import mmap
-import struct
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from jaxtyping import Float
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig, RopeScaling
+from jaxdistill.models.gguf_file import AGAIN, GGUFFile, GGUFTensor
 from jaxdistill.models.gguf_layout import (
     ARCHITECTURES,
     KERNELS,
@@ -28,20 +27,17 @@ from jaxdistill.models.gguf_layout import (
     has_bias,
     kernel_shape,
     norm_sizes,
-    one_line,
     permuted_heads,
     recover_llama3,
     unpermute_rows,
 )
-from jaxdistill.models.tokenizer import Tokenizer, tokenizer_from_gguf
-
-_AGAIN = "download or write the file again"
+from jaxdistill.models.gguf_tokenizer import tokenizer_from_gguf
+from jaxdistill.models.tokenizer import Tokenizer
 
 
 def read_gguf_config(path: str | Path) -> ModelConfig:
     """Read a GGUF model's configuration alone; raises as ``read_gguf`` does."""
-    reader = _open(Path(path))
-    return _config(reader, {t.name: t for t in reader.tensors})[0]
+    return _config(GGUFFile(path))[0]
 
 
 def read_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
@@ -54,15 +50,19 @@ def read_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, Any], Tokenizer]
         UserError: in one line, if the file is missing, cut off, not a GGUF file, of another
             architecture, or lacks a tensor, or if a tensor or its shape is not as expected.
     """
-    reader = _open(Path(path))
-    tensors = {t.name: t for t in reader.tensors}
-    config, architecture = _config(reader, tensors)
-    plan = _plan(config, architecture, tensors)  # everything is checked before anything is read
-    tokenizer = tokenizer_from_gguf(reader)
+    file = GGUFFile(path)
+    if gguf_field(file, "split.count", int, 0) > 1:
+        raise UserError(
+            f"{str(path)!r} is one part of a split GGUF; merge the parts first with "
+            "llama-gguf-split --merge"
+        )
+    config, architecture = _config(file)
+    plan = _plan(config, architecture, file.tensors)  # all is checked before anything is read
+    tokenizer = tokenizer_from_gguf(file)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{str(path)!r} has {len(tokenizer)} tokens but {config.vocab_size} embedding rows; "
-            f"{_AGAIN}"
+            f"{AGAIN}"
         )
     params: dict[str, Any] = {}
     for target, parts, heads in plan:
@@ -70,7 +70,7 @@ def read_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, Any], Tokenizer]
         node = params
         for key in parents:
             node = node.setdefault(key, {})
-        arrays = (_dense(t, heads) for t in parts)
+        arrays = (_dense(file, t, heads) for t in parts)
         if parents[0] == "layers":
             node[leaf] = _stack(arrays, len(parts), transpose=leaf == "kernel")
         else:
@@ -79,113 +79,33 @@ def read_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, Any], Tokenizer]
     return config, params, tokenizer
 
 
-# ---------------------------------------------------------------------------- the file
-
-
-def _open(path: Path) -> gguf.GGUFReader:
-    """Open a file after a walk over its header that trusts none of the counts in it."""
-    if not path.is_file():
-        raise UserError(f"no GGUF file at {str(path)!r}; give the path of an existing .gguf file")
-    try:
-        _check_header(path)
-        with np.errstate(all="ignore"):
-            reader = gguf.GGUFReader(path)
-    except UserError:
-        raise
-    except Exception as e:  # the reader checks little: any of a dozen types comes out of a bad file
-        raise UserError(f"{str(path)!r} is cut off or damaged ({one_line(e)}); {_AGAIN}") from e
-    if gguf_field(reader, "split.count", int, 0) > 1:
-        raise UserError(
-            f"{str(path)!r} is one part of a split GGUF; merge the parts first with "
-            "llama-gguf-split --merge"
-        )
-    return reader
-
-
-# Bytes of each scalar metadata type: u8 i8 u16 i16 u32 i32 f32 bool u64 i64 f64.
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY, _MAX_DIMS = 8, 9, 4
-
-
-def _check_header(path: Path) -> None:
-    """Walk the metadata and the tensor table, so that no count reaches past the end of the file."""
-    if path.stat().st_size < 24:
-        raise UserError(f"{str(path)!r} is not a GGUF file (too short); give a .gguf file")
-    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != b"GGUF":
-            raise UserError(f"{str(path)!r} is not a GGUF file; give a .gguf file")
-        (version,) = struct.unpack_from("<I", data, 4)
-        if version not in (2, 3):
-            raise UserError(
-                f"{str(path)!r} is not a little-endian GGUF file of version 2 or 3; convert the "
-                "model again"
-            )
-        tensor_count, field_count = struct.unpack_from("<QQ", data, 8)
-        end = 24
-        for _ in range(field_count):
-            end = _skip_string(data, end)
-            (kind,) = struct.unpack_from("<I", data, end)
-            end = _skip_value(data, end + 4, kind)
-        for _ in range(tensor_count):
-            end = _skip_string(data, end)
-            (dims,) = struct.unpack_from("<I", data, end)
-            if dims > _MAX_DIMS:
-                raise ValueError(f"a tensor of {dims} dimensions")
-            end += 4 + 8 * dims + 12
-        if end > len(data):
-            raise ValueError("the tensor table ends after the file")
-
-
-def _skip_string(data: mmap.mmap, at: int) -> int:
-    (length,) = struct.unpack_from("<Q", data, at)
-    return _inside(data, at + 8 + length)
-
-
-def _skip_value(data: mmap.mmap, at: int, kind: int) -> int:
-    if kind == _STRING:
-        return _skip_string(data, at)
-    if kind != _ARRAY:
-        return _inside(data, at + _WIDTHS[kind])
-    item, count = struct.unpack_from("<IQ", data, at)
-    at += 12
-    if item != _STRING:
-        return _inside(data, at + count * _WIDTHS[item])
-    for _ in range(count):
-        at = _skip_string(data, at)
-    return at
-
-
-def _inside(data: mmap.mmap, at: int) -> int:
-    if at > len(data):
-        raise ValueError("a metadata value ends after the file")
-    return at
-
-
 # ---------------------------------------------------------------------------- configuration
 
 
-def _config(
-    reader: gguf.GGUFReader, tensors: dict[str, gguf.ReaderTensor]
-) -> tuple[ModelConfig, str]:
+def _config(file: GGUFFile) -> tuple[ModelConfig, str]:
     """Return the configuration and the architecture's GGUF name."""
-    arch = gguf_field(reader, "general.architecture", str)
+    tensors = file.tensors
+    arch = gguf_field(file, "general.architecture", str)
     if arch not in ARCHITECTURES:
         raise UserError(
             f"GGUF architecture {arch!r} is not supported; accepted: {', '.join(ARCHITECTURES)}"
         )
 
     def count(name: str, default: int | None = None) -> int:
-        value = gguf_field(reader, f"{arch}.{name}", int, default)
+        value = gguf_field(file, f"{arch}.{name}", int, default)
         if value is None or value < 1:
             raise UserError(
-                f"GGUF metadata {arch}.{name} is {value}; accepted: a positive integer; {_AGAIN}"
+                f"GGUF metadata {arch}.{name} is {value}; accepted: a positive integer; {AGAIN}"
             )
         return value
 
     def real(name: str, default: float) -> float:
-        return decimal(gguf_field(reader, f"{arch}.{name}", float, default))
+        value = decimal(gguf_field(file, f"{arch}.{name}", float, default))
+        if not 0 <= value < math.inf:
+            raise UserError(f"GGUF metadata {arch}.{name} is {value}; accepted: from 0; {AGAIN}")
+        return value
 
-    if gguf_field(reader, f"{arch}.expert_count", int, 0):
+    if gguf_field(file, f"{arch}.expert_count", int, 0):
         raise UserError("a mixture-of-experts GGUF is not supported; give a dense model")
     heads, width = count("attention.head_count"), count("embedding_length")
     head_dim = count("attention.key_length", count("rope.dimension_count", width // heads))
@@ -198,16 +118,16 @@ def _config(
         )
     table = tensors.get("token_embd.weight")
     if table is None:
-        raise UserError(f"the GGUF file lacks the tensor 'token_embd.weight'; {_AGAIN}")
+        raise UserError(f"the GGUF file lacks the tensor 'token_embd.weight'; {AGAIN}")
     theta = real("rope.freq_base", 10000.0)
-    window = gguf_field(reader, f"{arch}.attention.sliding_window", int, 0) or None
+    window = gguf_field(file, f"{arch}.attention.sliding_window", int, 0) or None
     eos = [
-        gguf_field(reader, f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")
+        gguf_field(file, f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")
     ]
     eos = list(dict.fromkeys(i for i in eos if i is not None))
     config = ModelConfig(
         model_type="mistral" if arch == "llama" and window else arch,
-        vocab_size=int(table.shape[-1]),
+        vocab_size=table.shape[0],
         hidden_size=width,
         intermediate_size=count("feed_forward_length"),
         num_layers=count("block_count"),
@@ -216,7 +136,7 @@ def _config(
         head_dim=head_dim,
         max_position_embeddings=count("context_length", 2048),
         rope_theta=theta,
-        rope_scaling=_rope_scaling(reader, arch, tensors, head_dim, theta),
+        rope_scaling=_rope_scaling(file, arch, head_dim, theta),
         rms_norm_eps=real("attention.layer_norm_rms_epsilon", 1e-5),
         tie_embeddings="output.weight" not in tensors,
         qkv_bias=arch == "qwen2" or "blk.0.attn_q.bias" in tensors,
@@ -224,23 +144,17 @@ def _config(
         mlp_bias="blk.0.ffn_down.bias" in tensors,
         qk_norm=arch == "qwen3",
         sliding_window=window,
-        bos_token_id=gguf_field(reader, "tokenizer.ggml.bos_token_id", int),
+        bos_token_id=gguf_field(file, "tokenizer.ggml.bos_token_id", int),
         eos_token_id=tuple(eos) if len(eos) > 1 else next(iter(eos), None),
     )
     return config, arch
 
 
-def _rope_scaling(
-    reader: gguf.GGUFReader,
-    arch: str,
-    tensors: dict[str, gguf.ReaderTensor],
-    head_dim: int,
-    theta: float,
-) -> RopeScaling | None:
+def _rope_scaling(file: GGUFFile, arch: str, head_dim: int, theta: float) -> RopeScaling | None:
     """Return the rotary scaling: ``linear`` from the metadata, ``llama3`` from ``rope_freqs``."""
-    kind = gguf_field(reader, f"{arch}.rope.scaling.type", str, "none")
-    factor = gguf_field(reader, f"{arch}.rope.scaling.factor", float)
-    older = gguf_field(reader, f"{arch}.rope.scale_linear", float)
+    kind = gguf_field(file, f"{arch}.rope.scaling.type", str, "none")
+    factor = gguf_field(file, f"{arch}.rope.scaling.factor", float)
+    older = gguf_field(file, f"{arch}.rope.scale_linear", float)
     if factor is None and older is not None:
         kind, factor = "linear", older
     linear = None
@@ -250,40 +164,40 @@ def _rope_scaling(
         raise UserError(
             f"GGUF rope scaling {kind!r} is not supported; accepted: none, linear, llama3"
         )
-    if "rope_freqs.weight" not in tensors:
+    factors = file.tensors.get("rope_freqs.weight")
+    if factors is None:
         return linear
-    factors = _dense(tensors["rope_freqs.weight"], None).reshape(-1)
     if factors.shape != (head_dim // 2,) or linear is not None:
         raise UserError(
             "GGUF rope_freqs.weight does not fit the model's rotary embedding; accepted: "
             f"{head_dim // 2} llama3 factors and no linear scaling"
         )
-    return recover_llama3(factors, head_dim, theta)
+    return recover_llama3(file.read(factors), head_dim, theta)
 
 
 # ---------------------------------------------------------------------------- tensors
 
 
 def _plan(
-    config: ModelConfig, arch: str, tensors: dict[str, gguf.ReaderTensor]
-) -> list[tuple[str, list[gguf.ReaderTensor], int | None]]:
+    config: ModelConfig, arch: str, tensors: dict[str, GGUFTensor]
+) -> list[tuple[str, list[GGUFTensor], int | None]]:
     """Return (parameter path, its tensors by layer, reordered heads), names and shapes checked."""
     known = {"rope_freqs.weight"}
 
-    def take(name: str, *shape: int) -> gguf.ReaderTensor:
+    def take(name: str, *shape: int) -> GGUFTensor:
         if name not in tensors:
-            raise UserError(f"the GGUF file lacks the tensor {name!r}; {_AGAIN}")
-        given = tuple(reversed([int(n) for n in tensors[name].shape]))
+            raise UserError(f"the GGUF file lacks the tensor {name!r}; {AGAIN}")
+        given = tensors[name].shape
         if given != shape:
-            raise UserError(f"GGUF tensor {name!r} has shape {given}; accepted: {shape}; {_AGAIN}")
+            raise UserError(f"GGUF tensor {name!r} has shape {given}; accepted: {shape}; {AGAIN}")
         known.add(name)
         return tensors[name]
 
-    def layers(suffix: str, *shape: int) -> list[gguf.ReaderTensor]:
+    def layers(suffix: str, *shape: int) -> list[GGUFTensor]:
         return [take(f"blk.{i}.{suffix}", *shape) for i in range(config.num_layers)]
 
     table = (config.vocab_size, config.hidden_size)
-    plan: list[tuple[str, list[gguf.ReaderTensor], int | None]] = [
+    plan: list[tuple[str, list[GGUFTensor], int | None]] = [
         ("embed_tokens/embedding", [take("token_embd.weight", *table)], None),
         ("norm/weight", [take("output_norm.weight", config.hidden_size)], None),
     ]
@@ -305,16 +219,9 @@ def _plan(
     return plan
 
 
-def _dense(tensor: gguf.ReaderTensor, heads: int | None) -> Float[np.ndarray, "out *rest"]:
+def _dense(file: GGUFFile, tensor: GGUFTensor, heads: int | None) -> Float[np.ndarray, "out *rest"]:
     """Return one tensor in float32, its rows in HF's order."""
-    try:
-        x = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError:
-        raise UserError(
-            f"GGUF tensor {tensor.name!r} has type {tensor.tensor_type.name}, which cannot be "
-            "dequantized here; requantize the file to a common type such as Q4_0 or Q8_0"
-        ) from None
-    x = np.asarray(x, np.float32).reshape([int(n) for n in reversed(tensor.shape)])
+    x = file.read(tensor)
     return x if heads is None else unpermute_rows(x, heads)
 
 

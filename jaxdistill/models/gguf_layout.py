@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import gguf
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.config import ModelConfig, RopeScaling
+from jaxdistill.models.config import MAX_SIZE, ModelConfig, RopeScaling
+from jaxdistill.models.gguf_file import AGAIN, GGUFFile
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # a Mistral file says "llama"
 PERMUTED = ("llama",)  # architectures whose query and key rows are reordered
@@ -128,54 +128,60 @@ def recover_llama3(
             high_freq_factor=high,
             original_max_position_embeddings=context,
         )
-        ours = llama3_factors(head_dim, theta, scaling)
+        with np.errstate(over="ignore"):
+            ours = llama3_factors(head_dim, theta, scaling)
         return scaling if np.allclose(ours, factors, rtol=2e-5, atol=0) else None
 
     if np.all(np.isfinite(factors)) and np.all(factors >= 1):
         if (released := fits(1.0, 4.0, 8192)) is not None:
             return released
-        between = (factors > 1.0001) & (factors < 0.9999 * factor)
-        if between.sum() >= 2:
-            inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-            s = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor)
-            slope, offset = np.polyfit(inverse[between], s[between], 1)
-            if slope > 0 and offset < 0:
-                ratio = round(1 - 1 / offset, 2)
-                for low in range(1, 9):
-                    context = round(slope * low * (ratio - 1))
-                    if (found := fits(float(low), low * ratio, context)) is not None:
-                        return found
+        slope, offset = _line_through(factors, factor, head_dim, theta)
+        if 0 < slope < MAX_SIZE and -1e6 < offset < 0:
+            ratio = round(1 - 1 / offset, 2)
+            for low in range(1, 9):
+                context = round(min(slope * low * (ratio - 1), MAX_SIZE))
+                if ratio > 1 and context and (found := fits(float(low), low * ratio, context)):
+                    return found
     raise UserError(
         "the llama3 rope scaling cannot be recovered from the GGUF file's rope_freqs.weight; give "
         "the model's HF directory instead"
     )
 
 
+def _line_through(
+    factors: Float[np.ndarray, " half"], factor: float, head_dim: int, theta: float
+) -> tuple[float, float]:
+    """Return slope and offset of ``s`` over the inverse wavelength, 0 where no line is there."""
+    between = (factors > 1.0001) & (factors < 0.9999 * factor)
+    inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    if between.sum() < 2 or inverse[between].min() < 1e-30:
+        return 0.0, 0.0
+    s = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor)
+    slope, offset = np.polyfit(inverse[between], s[between], 1)
+    return float(slope), float(offset)
+
+
 def decimal(x: float) -> float:
     """Return the shortest decimal that a stored float32 stands for (1e-05, not 9.9999997e-06)."""
-    return float(str(np.float32(x)))
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(x)))
 
 
 def gguf_field(
-    reader: gguf.GGUFReader, key: str, accept: type | tuple[type, ...], default: Any = None
+    file: GGUFFile, key: str, accept: type | tuple[type, ...], default: Any = None
 ) -> Any:
     """Return one metadata value as a Python object, or ``default`` when the file lacks it.
 
     Raises:
         UserError: if the value cannot be decoded or is not of the accepted type.
     """
-    field = reader.get_field(key)
-    if field is None:
-        return default
     try:
-        value = field.contents()
-        if not isinstance(value, accept):
+        value = file.value(key)
+        if value is not None and not isinstance(value, accept):
             raise TypeError(f"type {type(value).__name__}")
-        return value
-    except (ValueError, IndexError, TypeError) as e:
-        raise UserError(
-            f"GGUF metadata {key!r} is damaged ({one_line(e)}); download or write the file again"
-        ) from e
+    except (ValueError, TypeError) as e:
+        raise UserError(f"GGUF metadata {key!r} is damaged ({one_line(e)}); {AGAIN}") from e
+    return default if value is None else value
 
 
 def one_line(error: BaseException) -> str:

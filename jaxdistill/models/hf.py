@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from jaxdistill.models.hf_directory import (
     write_weights,
 )
 from jaxdistill.models.hf_layout import HFTensor, hf_layout
+from jaxdistill.models.json_text import read_object
 from jaxdistill.models.safetensors import FLOAT_TAGS, SafetensorsFile
 from jaxdistill.models.sharding import Layout, make_leaf
 from jaxdistill.models.tokenizer import Tokenizer
 
+_SHARD = re.compile(r"[\w.=+@ -]{1,200}\.safetensors", re.ASCII)  # no way out of the directory
 SAVE_DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -60,7 +62,8 @@ def load_hf(
     directory = Path(directory)
     raw = read_json(directory / "config.json", "a model directory with config.json and safetensors")
     if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unknown")
+        given = raw["quantization_config"]
+        method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
         raise UserError(
             f"{directory} holds weights quantized with {method!r}; accepted: float weights; "
             "give the unquantized model"
@@ -70,7 +73,7 @@ def load_hf(
     where = _locate(directory)
     _check_names(directory, config, tensors, where)
 
-    for t in tensors:
+    for t in tensors:  # all of them, before anything of the model's size is allocated
         file = where[t.name]
         entry = file.entries[t.name]
         if entry.tag not in FLOAT_TAGS:
@@ -161,12 +164,9 @@ def read_json(path: Path, accepted: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}; accepted: {accepted}")
     try:
-        d = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (ValueError, OSError) as e:
         raise UserError(f"cannot read {path} as JSON ({e}); fetch it again") from None
-    if not isinstance(d, dict):
-        raise UserError(f"{path} holds no JSON object; fetch it again")
-    return d
 
 
 def _locate(directory: Path) -> dict[str, SafetensorsFile]:
@@ -180,8 +180,13 @@ def _locate(directory: Path) -> dict[str, SafetensorsFile]:
             "convert the model with transformers' save_pretrained"
         )
     names = read_json(directory / INDEX, INDEX).get("weight_map")
-    if not isinstance(names, dict):
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise UserError(f"{directory / INDEX} has no weight_map; fetch it again")
+    if outside := [shard for shard in names.values() if not _SHARD.fullmatch(shard)]:
+        raise UserError(
+            f"{directory / INDEX} names the shard {outside[0]!r}; accepted: files of that "
+            "directory that end in .safetensors; fetch it again"
+        )
     files: dict[str, SafetensorsFile] = {}
     for shard in sorted(set(names.values())):
         if not (directory / shard).is_file():
@@ -238,7 +243,8 @@ def _read_part(
         source = source.T if t.transpose else source
         if not i:
             out = np.empty((len(layers), *source.shape), np.float32)
-        np.copyto(out[i], source, casting="unsafe")
+        with np.errstate(all="ignore"):  # a float64 beyond float32 becomes infinite
+            np.copyto(out[i], source, casting="unsafe")
     return out[0] if tensors[0].layer is None else out
 
 

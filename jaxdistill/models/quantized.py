@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxdistill.errors import UserError
@@ -24,12 +28,16 @@ from jaxdistill.mesh import on_primary, present_mesh
 from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hf_directory import replace_directory
+from jaxdistill.models.hf_layout import hf_layout
+from jaxdistill.models.json_text import read_object
 from jaxdistill.models.sharding import Layout, path_of, sharding_of
 from jaxdistill.models.tokenizer import Tokenizer, load_tokenizer
 from jaxdistill.quant.activations import ActivationSpec
 from jaxdistill.quant.policy import ActivationRules, Policy, walk
 
 _MARK = "quantization.json"
+_PART = re.compile(r"_(q|scale|zero)$")
+_EXEMPT, _MOST_RATIO = 64 * 2**20, 16
 
 
 def is_quantized(directory: Path) -> bool:
@@ -86,9 +94,12 @@ def load_activations(directory: Path) -> ActivationRules:
         UserError: the file is damaged.
     """
     try:
-        rules = json.loads((directory / _MARK).read_text())["activations"]
-        return tuple((regex, spec and ActivationSpec(**spec)) for regex, spec in rules)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        rules = read_object(directory / _MARK)["activations"]
+        found = tuple((regex, spec and ActivationSpec(**spec)) for regex, spec in rules)
+        for regex, _ in found:
+            re.compile(regex)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, re.error) as e:
         raise UserError(
             f"{directory / _MARK} is damaged ({type(e).__name__}: {e}); export or train it again"
         ) from None
@@ -103,9 +114,11 @@ def load_quantized(
         UserError: the directory is cut off or was not written by ``save_quantized``.
     """
     try:
-        config = config_from_hf(json.loads((directory / "config.json").read_text()))
-        params = _unsigned(_load_arrays((directory / "params").resolve(), layout))
-    except (OSError, ValueError, KeyError) as e:
+        config = config_from_hf(read_object(directory / "config.json"))
+        params = _unsigned(_load_arrays((directory / "params").resolve(), config, layout))
+    except UserError:
+        raise
+    except Exception as e:  # orbax and tensorstore raise many kinds for a damaged directory
         reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise UserError(
             f"{directory} is not a whole quantized model ({reason}); export or train it again"
@@ -136,11 +149,14 @@ def _shifted(node: Params, before: Any, after: Any, by: int) -> Params:
     return out
 
 
-def _load_arrays(path: Path, layout: Layout) -> Params:
-    """Restore every array of an orbax checkpoint onto the present mesh, or the first device."""
+def _load_arrays(path: Path, config: ModelConfig, layout: Layout) -> Params:
+    """Restore an orbax checkpoint's arrays onto the mesh or the first device, shapes checked."""
+    for name in ("absl", "asyncio"):  # what is wrong comes as an error, and needs no log
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     mesh = present_mesh()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     found: Any = ocp.metadata(str(path)).metadata
+    _check_shapes(path, found, config)
 
     def wanted(keys: Any, m: Any) -> jax.ShapeDtypeStruct:
         lies = here if mesh is None else sharding_of(path_of(keys), m.shape, mesh, layout)
@@ -150,3 +166,33 @@ def _load_arrays(path: Path, layout: Layout) -> Params:
         wanted, found, is_leaf=lambda m: hasattr(m, "shape")
     )
     return ocp.load(str(path), abstract)
+
+
+def _check_shapes(path: Path, found: Any, config: ModelConfig) -> None:
+    """Raise ``ValueError`` unless the arrays are those of the config, and the files may hold them.
+
+    Compressed arrays say nothing of their size until they are read; trained integers and scales
+    shrink to a third at the most.
+    """
+    wanted = {
+        t.path: (*(() if t.layer is None else (config.num_layers,)), *t.stored_shape)
+        for t in hf_layout(dataclasses.replace(config, num_layers=1))
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda m: hasattr(m, "shape"))
+    whole, size = set(), 0
+    for keys, leaf in leaves:
+        *parents, name = (str(getattr(key, "key", key)) for key in keys)
+        base = _PART.sub("", name)
+        full, shape = wanted.get((*parents, base), ()), tuple(leaf.shape)
+        beside = base != name and not name.endswith("_q")  # a scale or zero point: one a group
+        fits = full and len(shape) == len(full) and min(shape) > 0
+        equal = [s == f or (beside and s < f) for s, f in zip(shape, full, strict=False)]
+        if not fits or not all(equal):
+            raise ValueError(f"params/{'/'.join((*parents, name))} has the shape {shape}")
+        whole |= set() if beside else {(*parents, base)}
+        size += math.prod(shape) * np.dtype(leaf.dtype).itemsize
+    if missing := sorted("/".join(keys) for keys in wanted.keys() - whole):
+        raise ValueError(f"params/{missing[0]} is not there")
+    stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if size > _EXEMPT + _MOST_RATIO * stored:
+        raise ValueError(f"arrays of {size} bytes in files of {stored}")

@@ -8,18 +8,22 @@ process's memory once it is read through, so each tensor's bytes are read by the
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaxdistill.errors import UserError
+from jaxdistill.models.json_text import parse_json
 
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_MAX_DIMENSIONS, _MAX_NUMBER = 16, 2**53
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -54,18 +58,24 @@ class SafetensorsFile:
     """Read one safetensors file lazily.
 
     The whole header is checked when the file is opened: every tensor in ``entries`` lies inside the
-    file and has as many bytes as its type and shape need.
+    file, has as many bytes as its type and shape need, and shares none of them with another.
+
+    Attributes:
+        path: the file.
+        entries: what it holds, by name.
+        metadata: the header's strings, empty where it has none.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open ``path``; raise ``UserError`` if it is missing, cut off or no safetensors file."""
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"{self.path} is no file; give a readable file")
         try:
             size = self.path.stat().st_size
             with self.path.open("rb") as f:
                 length = int.from_bytes(f.read(8), "little")
-                # 100 MB is the format's own limit on the header.
-                raw = f.read(length) if 8 <= size and length <= 100_000_000 else b""
+                raw = f.read(length) if 8 <= size and length <= _MAX_HEADER else b""
         except OSError as e:
             raise UserError(
                 f"cannot read {self.path}: {e.strerror}; give a readable file"
@@ -76,14 +86,9 @@ class SafetensorsFile:
                 f"{8 + length} bytes and the file has {size}; fetch it again"
             )
         try:
-            header = json.loads(raw)
-            self.entries = {
-                name: Entry(
-                    str(d["dtype"]), tuple(map(int, d["shape"])), *map(int, d["data_offsets"])
-                )
-                for name, d in header.items()
-                if name != "__metadata__"
-            }
+            header = parse_json(raw)
+            self.metadata = _metadata(header.pop("__metadata__", None) or {})
+            self.entries = {name: _entry(given) for name, given in header.items()}
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{self.path} is not a safetensors file; fetch it again") from None
         self._start = 8 + length
@@ -100,6 +105,14 @@ class SafetensorsFile:
                 raise UserError(
                     f"{self.path} is damaged: the bytes of {name} do not fit its shape "
                     f"{list(e.shape)} in {e.tag}; fetch it again"
+                )
+        filled = sorted((e.begin, e.end, name) for name, e in self.entries.items())
+        for (_, end, one), (begin, _, other) in itertools.pairwise(
+            span for span in filled if span[0] < span[1]
+        ):
+            if begin < end:  # a small file would stand for a large model
+                raise UserError(
+                    f"{self.path} is damaged: {one} and {other} share bytes; fetch it again"
                 )
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
@@ -119,6 +132,28 @@ class SafetensorsFile:
         raw = np.fromfile(self.path, np.uint8, size, offset=begin)
         shape = (max(0, last - first), *e.shape[1:]) if e.shape else ()
         return raw.view(DTYPES[e.tag]).reshape(shape)
+
+
+def _entry(given: dict[str, Any]) -> Entry:
+    """Return one tensor's entry; raise ``ValueError`` or ``TypeError`` unless it is of the form."""
+    shape, (begin, end) = given["shape"], given["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError("a shape of too many dimensions, or none")
+    for number in (*shape, begin, end):
+        if type(number) is not int or abs(number) > _MAX_NUMBER:
+            raise ValueError(f"{number} is no size")
+    if math.prod(max(number, 1) for number in shape) > _MAX_NUMBER:  # beside a 0 too
+        raise ValueError("a shape beyond any memory")
+    if not isinstance(given["dtype"], str):
+        raise TypeError("a type that is no string")
+    return Entry(given["dtype"], tuple(shape), begin, end)
+
+
+def _metadata(given: Any) -> dict[str, str]:
+    """Return the header's metadata; raise ``TypeError`` unless it maps strings to strings."""
+    if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
+        raise TypeError("metadata that are no strings")
+    return given
 
 
 def write_safetensors(

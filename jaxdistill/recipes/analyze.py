@@ -7,7 +7,6 @@ batches; recommend what to freeze; write the figures, pictures and a page.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import time
@@ -26,6 +25,7 @@ from jaxdistill.kd.signal_sums import PROJECTIONS
 from jaxdistill.mesh import on_primary
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hub import Model, load_model
+from jaxdistill.models.json_text import read_object
 from jaxdistill.quant.lattice import Ranges
 from jaxdistill.quant.measure import clipped_share, flip_rate
 from jaxdistill.quant.policy import (
@@ -129,7 +129,7 @@ def _job(o: Analyze) -> Quantize:
         return Quantize(model=o.model, data=o.data, out=o.out, **given)
     finished_student(o.run)
     try:
-        options = json.loads((o.run / "config.json").read_text())["options"]
+        options = read_object(o.run / "config.json")["options"]
         known = {field.name for field in dataclasses.fields(Quantize)}
         return Quantize(out=o.run, **{k: v for k, v in options.items() if k in known})
     except (ValueError, KeyError, TypeError, AttributeError, OSError):

@@ -213,9 +213,9 @@ def cached_features(
     if path is not None and path.is_file():
         try:
             found = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            found = None  # cut off: made again
-        if found is not None and found.shape == (len(texts), model.config.hidden_size):
+        except Exception:  # numpy raises a dozen kinds for a damaged file
+            found = None  # made again
+        if isinstance(found, np.ndarray) and found.shape == (len(texts), model.config.hidden_size):
             return found
     with item_progress(console) as bar:
         task = bar.add_task("features", total=len(texts))

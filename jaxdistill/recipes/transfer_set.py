@@ -181,8 +181,13 @@ def with_teacher_text(
                 progress=lambda n: status.update(f"the teacher writes its answers: {n} done"),
             )
         on_primary(lambda: _save(where, made), f"write {where}")
-    with np.load(where) as saved:
-        rows = Packed(**{name: saved[name] for name in saved.files})
+    try:
+        with np.load(where, allow_pickle=False) as saved:
+            rows = Packed(**{name: saved[name] for name in saved.files})
+    except Exception as e:  # numpy raises a dozen kinds for a damaged file
+        raise UserError(
+            f"{where} is damaged ({type(e).__name__}); delete it to have the teacher answer again"
+        ) from None
     return found._replace(rows=rows, fingerprint=fingerprint(rows))
 
 

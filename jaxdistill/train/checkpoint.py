@@ -33,19 +33,26 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
-        # Orbax logs, with its traceback, each error that it raises here.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):  # what is wrong comes as an error, and needs no log
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self.directory = directory.resolve()
         self._failures, self._pending = 0, False
-        self._orbax = ocp.training.Checkpointer(
-            str(self.directory),
-            # orbax's own policies do not match its protocol: the argument's type is narrower.
-            preservation_policy=_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
-            cleanup_tmp_directories=True,
-            context=ocp.Context(
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)
-            ),
-        )
+        try:
+            self._orbax = ocp.training.Checkpointer(
+                str(self.directory),
+                # orbax's own policies do not match its protocol: the argument's type is narrower.
+                preservation_policy=_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
+                cleanup_tmp_directories=True,
+                context=ocp.Context(
+                    async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+                ),
+            )
+            _ = self._orbax.latest
+        except Exception as e:  # it reads what every checkpoint says of itself
+            raise UserError(
+                f"the checkpoints in {self.directory} cannot be read ({reason_of(e)}); delete the "
+                "damaged one, or start again in another --out"
+            ) from None
 
     def __exit__(self, kind: object, *_: object) -> None:
         failed = self.settle()
@@ -172,9 +179,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
             state = self._orbax.load(step, abstract)
         except Exception as e:  # orbax and tensorstore raise many kinds for a damaged directory
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
             raise UserError(
-                f"checkpoint {where} cannot be restored ({reason}); delete that directory to "
+                f"checkpoint {where} cannot be restored ({reason_of(e)}); delete that directory to "
                 "resume from the one before, or start again in another --out"
             ) from None
         if saved != fingerprint:

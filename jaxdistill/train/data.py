@@ -11,8 +11,6 @@ The road from data to batches, each part usable alone::
 from __future__ import annotations
 
 import contextlib
-import gzip
-import json
 import os
 import re
 import tempfile
@@ -23,13 +21,16 @@ from typing import Any
 
 import datasets
 import datasets.config
-import datasets.exceptions
+import datasets.table
 import huggingface_hub
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jaxdistill.errors import UserError
+from jaxdistill.models.json_text import parse_json
 from jaxdistill.train.encode import FORMS, Example, encode_rows, row_form
 from jaxdistill.train.packing import Packed, batches, eval_batches, fingerprint, no_packing, pack
+from jaxdistill.train.text_file import EXEMPT, MAX_RATIO, read_lines, read_text
 
 __all__ = [
     "Example",
@@ -53,6 +54,7 @@ _ACCEPTED = (
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
 _COLUMNS = ("text", "messages", "instruction", "input", "output")
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
+_MAX_COLUMNS, _MAX_DEPTH = 256, 8
 _SPLITS |= {split: split for split in ("train", "test", "validation")}
 
 
@@ -151,16 +153,9 @@ def _load_file(path: Path) -> datasets.Dataset:
         ) from error
 
 
-def _open(path: Path) -> Any:
-    """Open a plain or gzip-compressed UTF-8 file for reading; a byte order mark is skipped."""
-    opened = gzip.open if path.name.lower().endswith(".gz") else open
-    return opened(path, "rt", encoding="utf-8-sig")
-
-
 def _text_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the whole file as one document, or nothing if it is blank."""
-    with _open(path) as file:
-        text = file.read()
+    text = read_text(path)
     if text.strip():
         yield {"text": text}
 
@@ -171,15 +166,13 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     Parsed here and not by ``datasets``: a bad line is named by its number, rows of several forms
     may share a file, and no string is taken for a date.
     """
-    with _open(path) as file:
-        numbered = (
-            _json_lines(path, file)
-            if ".jsonl" in path.name.lower()
-            else _json_document(path, file.read())
-        )
-        for where, row in numbered:
-            row_form(row, where)
-            yield row
+    if ".jsonl" in path.name.lower():
+        numbered = _json_lines(path, read_lines(path))
+    else:
+        numbered = _json_document(path, read_text(path))
+    for where, row in numbered:
+        row_form(row, where)
+        yield row
 
 
 def _json_document(path: Path, text: str) -> Iterable[tuple[str, Any]]:
@@ -187,7 +180,7 @@ def _json_document(path: Path, text: str) -> Iterable[tuple[str, Any]]:
     if not text.lstrip().startswith("["):
         return _json_lines(path, text.split("\n"))
     try:
-        return [(f"{path} row {number}", row) for number, row in enumerate(json.loads(text), 1)]
+        return [(f"{path} row {number}", row) for number, row in enumerate(_parsed(text), 1)]
     except ValueError as error:
         raise UserError(
             f"data file {str(path)!r} is not JSON ({_line(error)}); "
@@ -201,7 +194,7 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(line)
         except ValueError as error:
             raise UserError(
                 f"{path}:{number} is not JSON ({_line(error)}); "
@@ -210,11 +203,24 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{number}", row
 
 
+def _parsed(text: str) -> Any:
+    return parse_json(text, constants=True)  # Python writes NaN into columns that are not used here
+
+
 def _dataset(path: Path, rows: list[dict[str, Any]]) -> datasets.Dataset:
     """Turn rows into columns; beside the known ones, only those that Arrow can hold together."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    known = {name: column for name, column in columns.items() if name in _COLUMNS}
+    names = dict.fromkeys(name for row in rows for name in row)
+    known = {name: [row.get(name) for row in rows] for name in _COLUMNS if name in names}
+    if _is_wild(known.get("messages", [])):
+        raise UserError(
+            f"data file {str(path)!r} has messages of more than {_MAX_COLUMNS} different keys, or "
+            f"nested more than {_MAX_DEPTH} deep; accepted: role, content and a few more; remove "
+            "the others"
+        )
+    columns = known
+    if len(names) <= _MAX_COLUMNS:
+        every = {name: known.get(name) or [row.get(name) for row in rows] for name in names}
+        columns = {name: column for name, column in every.items() if not _is_wild(column)}
     for chosen in (columns, known):
         try:
             return datasets.Dataset.from_dict(chosen)
@@ -226,27 +232,63 @@ def _dataset(path: Path, rows: list[dict[str, Any]]) -> datasets.Dataset:
     ) from problem
 
 
+def _is_wild(column: list[Any]) -> bool:
+    """Tell whether the objects in a column have too many keys, or are nested too deeply.
+
+    Each key is a column to Arrow, of a place in every row; and ``datasets`` looks at every level
+    twice, at 90 levels for ever.
+    """
+    paths: dict[tuple[int, str], int] = {}
+    level, depth = [(0, value) for value in column if isinstance(value, dict | list)], 0
+    while level and len(paths) <= _MAX_COLUMNS and depth <= _MAX_DEPTH:
+        depth += 1
+        children = []
+        for at, node in level:
+            inside = node.items() if isinstance(node, dict) else (("", child) for child in node)
+            for key, child in inside:
+                if isinstance(node, dict) or isinstance(child, dict | list):
+                    path = paths.setdefault((at, key), len(paths) + 1)
+                    if isinstance(child, dict | list):
+                        children.append((path, child))
+        level = children
+    return len(paths) > _MAX_COLUMNS or depth > _MAX_DEPTH
+
+
 def _load_parquet(path: Path) -> datasets.Dataset:
-    """Read a Parquet file into memory; the copy that ``datasets`` makes is removed at once."""
-    with _quiet(), tempfile.TemporaryDirectory(prefix="jaxdistill-") as cache:
-        try:
-            return datasets.load_dataset(
-                "parquet",
-                data_files=str(path),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-            )
-        except (
-            pa.ArrowException,
-            datasets.exceptions.DatasetsError,
-            OSError,
-            ValueError,
-        ) as error:
-            raise UserError(
-                f"data file {str(path)!r} cannot be read ({_line(error.__cause__ or error)}); "
-                "accepted: a Parquet file; write it again"
-            ) from error
+    """Read a Parquet file into memory, as plain values.
+
+    What the file says of itself to ``datasets`` is left out: it can make strings be taken for
+    paths of images to open. Read in pieces, for a page of a few bytes can stand for any number of
+    rows.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            given = file.schema_arrow
+            if len(given) > _MAX_COLUMNS:
+                raise ValueError(f"it has {len(given)} columns")
+            schema = pa.schema([pa.field(f.name, _plain_type(f.type)) for f in given])
+            allowed = max(EXEMPT, MAX_RATIO * path.stat().st_size)
+            read = []
+            for batch in file.iter_batches(batch_size=256, use_threads=False):
+                batch.validate(full=True)  # UTF-8, and every offset and index inside
+                read.append(batch.cast(schema))
+                allowed -= read[-1].nbytes
+                if allowed < 0:
+                    raise ValueError(f"it unpacks to more than {MAX_RATIO} times its bytes")
+        table = pa.Table.from_batches(read, schema)
+        return datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()))
+    except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
+        raise UserError(
+            f"data file {str(path)!r} cannot be read ({_line(error)}); "
+            "accepted: a Parquet file; write it again"
+        ) from error
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the values where a type wraps another (categories, extensions)."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 def _join(source: str, parts: list[datasets.Dataset]) -> datasets.Dataset:

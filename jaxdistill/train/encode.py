@@ -9,7 +9,6 @@ import os.path
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerFast
@@ -254,7 +253,7 @@ def _chat(
     """Render messages through the chat template, up to the next answer's start if ``prompt``."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program: it can fail in every way
         detail = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{where} is rejected by the tokenizer's chat template ({detail}); accepted: the roles "
@@ -324,16 +323,22 @@ def _tokenize(
         if not picked:
             continue
         offsets = any(rendered[i].spans is not None for i in picked)
-        encoded = tokenizer(
-            [rendered[i].text for i in picked],
-            add_special_tokens=special,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=offsets,
-            verbose=False,
-        )
+        try:
+            encoded = tokenizer(
+                [rendered[i].text for i in picked],
+                add_special_tokens=special,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=offsets,
+                verbose=False,
+            )
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"the tokenizer cannot read a text ({' '.join(str(error).split())}); give the "
+                "model's own tokenizer.json"
+            ) from error
         for k, i in enumerate(picked):
             offsets_n2 = np.array(encoded["offset_mapping"][k]).reshape(-1, 2) if offsets else None
             ids = list(encoded["input_ids"][k])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
+import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from jaxtyping import Bool, Float32, Int, Int32
 
 from jaxdistill.errors import UserError
 from jaxdistill.train.data import load_rows
+from jaxdistill.train.text_file import EXEMPT, MAX_RATIO
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error)
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _FORMS = (
     'rows of {"text", "label"} (.jsonl[.gz], .parquet), or an .npz file of `images` or `inputs` '
     "and `labels`"
@@ -148,9 +153,8 @@ def _load_arrays(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"data {path!r} does not exist; accepted: {_FORMS}; check the path")
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = dict(file.items())
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, *_DAMAGED) as e:
+        arrays = _read_npz(Path(path))
+    except Exception as e:  # numpy's header is Python's syntax; a damaged one raises a dozen kinds
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
         raise UserError(
             f"data {path!r} cannot be read ({reason}); accepted: {_FORMS}; write it again"
@@ -179,6 +183,26 @@ def _load_arrays(path: str) -> dict[str, Any]:
         )
     columns = {k: v.tolist() for k, v in arrays.items() if v.shape == labels.shape}
     return {"inputs": inputs, "labels": labels, "columns": columns}
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Read every array of an ``.npz`` file, after what it says of their sizes is checked."""
+    with path.open("rb") as opened, zipfile.ZipFile(opened) as file:
+        size = sum(member.file_size for member in file.infolist())
+        if size > max(EXEMPT, MAX_RATIO * path.stat().st_size):
+            raise ValueError(f"it unpacks to more than {MAX_RATIO} times its bytes")
+        for member in file.infolist():
+            with file.open(member) as array, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read = _HEADERS[np.lib.format.read_magic(array)]
+                shape, _, dtype = read(array)
+                # math.prod of whole numbers cannot overflow; numpy would allocate this many bytes.
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    raise ValueError(f"{member.filename} is cut off")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return dict(file.items())
 
 
 def held_out_rows(labels: Int32[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ import jax
 from jaxdistill._disk import LOCK, DirectoryLock, is_full, reason_of, retried
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import is_primary, on_primary
+from jaxdistill.models.json_text import parse_json, read_object
 from jaxdistill.train.board import Board
 
 _PACKAGES = ("jaxdistill", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -42,14 +43,21 @@ def append(path: Path, text: str) -> None:
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Read every whole row of one of a run's logs; one cut off by a kill is left out."""
+    """Read every whole row of one of a run's logs; one cut off by a kill is left out.
+
+    So is what is no object with a whole number as its ``step``.
+    """
     path = run / name
+    if not path.is_file():
+        return []
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line, constants=True)
+        except ValueError:
             continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 
@@ -109,8 +117,13 @@ class RunDirectory(contextlib.AbstractContextManager):
         for log in {"metrics.jsonl", *(path.name for path in self.path.glob("*.jsonl"))}:
             kept = [row for row in read_metrics(self.path, log) if row["step"] <= step]
             part = self.path / f"{log}.part"
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(part, self.path / log)
+            try:
+                part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                os.replace(part, self.path / log)
+            except OSError as e:
+                raise UserError(
+                    f"{self.path / log} cannot be written ({reason_of(e)}); move it away"
+                ) from None
         if self._board is not None:  # the next row begins a file that drops the later steps
             self._board.close()
             self._board = None
@@ -172,7 +185,7 @@ def _check(path: Path, options: Mapping[str, Any], resume: bool) -> bool:
 def _options_of(config: Path) -> dict[str, Any]:
     """Return the options a run was started with; raise ``UserError`` where it is no run's file."""
     try:
-        return dict(json.loads(config.read_text())["options"])
+        return dict(read_object(config)["options"])
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"{config.parent} exists and is not a run; choose another --out") from None
 

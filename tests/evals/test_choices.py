@@ -218,7 +218,7 @@ def test_files_are_read_in_order_up_to_the_limit(tmp_path):
         (GOOD | {"choices": ["b"]}, "has 1 choices"),
         (GOOD | {"choices": ["b", ""]}, "has the choices"),
         (GOOD | {"choices": "bc"}, "has the choices"),
-        (GOOD | {"choices": ["b", "\ud800"]}, "has the choices"),
+        (GOOD | {"choices": ["b", "\ud800"]}, "is not JSON (it holds half a character)"),
         (GOOD | {"label": 2}, "has the label 2 for 2 choices"),
         (GOOD | {"label": -1}, "has the label -1 for 2 choices"),
         (GOOD | {"label": "1"}, "has the label '1' for 2 choices"),

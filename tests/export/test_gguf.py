@@ -14,8 +14,10 @@ from jaxdistill.export import gguf as exporter
 from jaxdistill.export.gguf import q4_0_blocks, q8_0_blocks, write_gguf
 from jaxdistill.models.config import RopeScaling
 from jaxdistill.models.gguf import read_gguf
+from jaxdistill.models.gguf_file import GGUFFile
 from jaxdistill.models.gguf_layout import llama3_factors
-from jaxdistill.models.tokenizer import fingerprint, tokenizer_from_gguf
+from jaxdistill.models.gguf_tokenizer import tokenizer_from_gguf
+from jaxdistill.models.tokenizer import fingerprint
 from tests.gguf_files import (
     TEXTS,
     byte_tokenizer,
@@ -204,7 +206,7 @@ def test_a_tokenizer_survives_with_its_bos_and_templates(tmp_path):
 
 def test_a_sentence_piece_tokenizer_survives(tmp_path):
     raw = write_raw(tmp_path / "t.gguf", "llama", tokenizer=piece_fields())
-    tokenizer = tokenizer_from_gguf(gguf.GGUFReader(raw))
+    tokenizer = tokenizer_from_gguf(GGUFFile(raw))
     config = tiny_config(bos_token_id=1, eos_token_id=2)
     write_gguf(tmp_path / "m.gguf", config, quantized_params(config), tokenizer)
     again = read_gguf(tmp_path / "m.gguf")[2]
@@ -219,7 +221,7 @@ def test_a_sentence_piece_tokenizer_survives(tmp_path):
 
 def test_merges_that_scores_cannot_say_are_written_beside_them(tmp_path):
     raw = write_raw(tmp_path / "t.gguf", "llama", tokenizer=piece_fields(merges=["h e", "t he"]))
-    tokenizer = tokenizer_from_gguf(gguf.GGUFReader(raw))
+    tokenizer = tokenizer_from_gguf(GGUFFile(raw))
     assert tokenizer.tokenize("the cat") == ["▁", "the", "▁", "c", "a", "t"]
     config = tiny_config(bos_token_id=1, eos_token_id=2)
     write_gguf(tmp_path / "m.gguf", config, quantized_params(config), tokenizer)

@@ -1,19 +1,18 @@
 """Tests the tokenizers: rebuilt from GGUF metadata, loaded from a directory, named, told apart."""
 
-import gguf
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.tokenizer import (
+from jaxdistill.models.gguf_file import GGUFFile
+from jaxdistill.models.gguf_tokenizer import (
     adds_prefix_space,
-    fingerprint,
     ggml_model,
     ggml_pre,
-    load_tokenizer,
     tokenizer_from_gguf,
 )
+from jaxdistill.models.tokenizer import fingerprint, load_tokenizer
 from tests.gguf_files import (
     TEMPLATE,
     TEXTS,
@@ -50,7 +49,7 @@ def rebuild(tmp_path):
 
     def build(fields):
         path = write_raw(tmp_path / "t.gguf", "llama", {"context_length": 77}, {}, fields)
-        return tokenizer_from_gguf(gguf.GGUFReader(path))
+        return tokenizer_from_gguf(GGUFFile(path))
 
     return build
 
@@ -243,7 +242,7 @@ def test_a_way_of_cutting_text_that_gguf_cannot_name_is_refused():
 
 
 def test_the_real_tokenizer(smollm2_path, tmp_path):
-    tokenizer = tokenizer_from_gguf(gguf.GGUFReader(smollm2_path))
+    tokenizer = tokenizer_from_gguf(GGUFFile(smollm2_path))
     assert ggml_pre(tokenizer) == "smollm" and len(tokenizer) == 49152
     for text in TEXTS:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

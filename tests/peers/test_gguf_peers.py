@@ -2,7 +2,6 @@
 
 import warnings
 
-import gguf
 import jax
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ transformers = pytest.importorskip("transformers")
 
 from jaxdistill.export.gguf import write_gguf  # noqa: E402
 from jaxdistill.models.config import config_from_hf  # noqa: E402
-from jaxdistill.models.tokenizer import tokenizer_from_gguf  # noqa: E402
+from jaxdistill.models.gguf_file import GGUFFile  # noqa: E402
+from jaxdistill.models.gguf_tokenizer import tokenizer_from_gguf  # noqa: E402
 from tests.gguf_files import (  # noqa: E402
     TEXTS,
     byte_tokenizer,
@@ -47,7 +47,7 @@ UNLIKE_GPT2 = TEXTS[3]
 
 @pytest.mark.parametrize("as_released", [False, True])
 def test_the_real_tokenizer_gives_the_same_ids(as_released, smollm2_path):
-    ours = tokenizer_from_gguf(gguf.GGUFReader(smollm2_path))
+    ours = tokenizer_from_gguf(GGUFFile(smollm2_path))
     theirs = transformers.AutoTokenizer.from_pretrained(
         smollm2_path.parent, gguf_file=smollm2_path.name
     )
