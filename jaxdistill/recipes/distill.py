@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -155,7 +156,8 @@ def _distill(
     stored = before
     if o.steps:
         quarter = max(1, o.steps // 4)
-        resumed = last_checkpoint(run.checkpoints, console.print) if o.resume else None
+        say = functools.partial(console.print, highlight=False, soft_wrap=True)
+        resumed = last_checkpoint(run.checkpoints, say) if o.resume else None
         probe = found.held[: max(1, 2048 // (o.batch_size * o.seq_len))]
         looks = [
             Look(
