@@ -50,7 +50,7 @@ from jaxdistill.recipes.transfer_set import (
     with_teacher_text,
     with_vocabulary,
 )
-from jaxdistill.train.checkpoint import last_checkpoint
+from jaxdistill.train.checkpoint import recover
 from jaxdistill.train.loop import Look, train
 from jaxdistill.train.packing import batches
 from jaxdistill.train.run_directory import RunDirectory
@@ -157,7 +157,7 @@ def _distill(
     if o.steps:
         quarter = max(1, o.steps // 4)
         say = functools.partial(console.print, highlight=False, soft_wrap=True)
-        resumed = last_checkpoint(run.checkpoints, say) if o.resume else None
+        resumed = recover(run.checkpoints, say) if o.resume else None
         probe = found.held[: max(1, 2048 // (o.batch_size * o.seq_len))]
         looks = [
             Look(
