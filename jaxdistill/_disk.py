@@ -37,13 +37,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def errno_of(error: BaseException | None) -> int | None:
     """Return the operating system's number for what made a read or write fail; None for others.
 
-    Tensorstore's errors are no ``OSError``; they hold the number in their text.
+    Tensorstore's errors are no ``OSError``; they hold the number in their text:
+    ``[os_error_code='28']``.
     """
     seen = []
     while error is not None and error not in seen:
         if isinstance(error, OSError) and error.errno:
             return error.errno
-        if found := re.search(r"(?:OS error|errno) (\d+)", str(error), re.IGNORECASE):
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
             return int(found[1])
         seen.append(error)
         error = error.__cause__ or error.__context__

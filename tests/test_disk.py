@@ -79,7 +79,10 @@ def test_what_may_pass_is_tried_three_times(numbers, calls, end, monkeypatch):
 
 
 def test_errors_are_understood_through_what_wraps_them():
-    full = ValueError("RESOURCE_EXHAUSTED: Failed to write [OS error 28: ENOSPC No space left]")
+    full = ValueError(
+        "RESOURCE_EXHAUSTED: Failed writing: Failed to write 538112 bytes to file 30: No space "
+        "left on device [os_error_code='28']"  # as tensorstore says it
+    )
     assert is_full(full) and not is_passing(full) and reason_of(full) == "No space left on device"
     try:
         try:

@@ -44,7 +44,7 @@ PARTS = ("kills", "damages", "full_disks")
 
 def hurt(job: Job, out: Path, how: str, rng: np.random.Generator, life: float) -> dict[str, Any]:
     """Start or resume a run, do one thing to it, and say what it left; ``ended`` if it was done."""
-    before, began = checkpoints_of(out), time.monotonic()
+    before, stamp, began = checkpoints_of(out), changed(out), time.monotonic()
     process = job.start(out)
     if how == "kill -9, any time":
         until = began + rng.uniform(0, life)
@@ -58,8 +58,8 @@ def hurt(job: Job, out: Path, how: str, rng: np.random.Generator, life: float) -
         )
         time.sleep(rng.uniform(0, 0.03))
     else:
-        target = int(rng.integers(last_step(out) + 1, STEPS + 1))
-        hit = wait_for(process, lambda: fresh_step(out, before) >= target)
+        target = int(rng.integers(min(last_step(out) + 1, STEPS), STEPS + 1))
+        hit = wait_for(process, lambda: changed(out) != stamp and last_step(out) >= target)
     if hit and process.poll() is None:
         process.send_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
     code = process.wait(300)
@@ -73,17 +73,17 @@ def hurt(job: Job, out: Path, how: str, rng: np.random.Generator, life: float) -
         "said": last_line(out) if code not in (0, -9) else "",
         "last_step": done,
         "checkpoint": newest,
-        "lost": done - newest if code != 0 else 0,
+        "lost": done - newest if code != 0 and changed(out) != stamp else 0,
         "in_a_save": bool(being_written(out)),
         "finished_training": newest == STEPS,
         "damaged": damaged(out),
     }
 
 
-def fresh_step(out: Path, before: list[int]) -> int:
-    """Return the last step, once the process at work has dropped what it will do again."""
-    step = last_step(out)
-    return step if step > max(before, default=0) else 0
+def changed(out: Path) -> int:
+    """Return when the metrics were last written; a resumed run first drops what it will redo."""
+    path = out / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def kills(job: Job, whole: Path, rounds: int, rng: np.random.Generator, life: float) -> Any:
@@ -100,6 +100,8 @@ def kills(job: Job, whole: Path, rounds: int, rng: np.random.Generator, life: fl
             own.append(one)
             hits.append(one)
             print(f"kill {len(hits)}: {one}", flush=True)
+            if one["finished_training"]:
+                break
         code = 0 if (out / "results.json").is_file() else job.finish(out)
         runs.append({"kills": len(own), "code": code, "differs": differences(out, whole)})
         print(f"run {len(runs)}: {runs[-1]}", flush=True)
@@ -242,8 +244,8 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
     yield "| --- | ---: | ---: | ---: | ---: |"
     for how in sorted({h["how"] for h in hits}):
         own = [h for h in hits if h["how"] == how]
-        lost = [h["lost"] for h in own]
         held = sum(h["in_a_save"] for h in own)
+        lost = [h["lost"] for h in own]
         yield f"| {how} | {len(own)} | {held} | {np.mean(lost):.1f} | {max(lost)} |"
     codes = sorted({h["code"] for h in hits if h["how"] == "SIGTERM"})
     yield f"\nExit codes after SIGTERM: {codes}.\n"
@@ -283,16 +285,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=50, help="kills at least")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=None, help="a new directory to work in")
+    parser.add_argument("--work", type=Path, default=None, help="a directory to work in")
+    parser.add_argument("--into", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     o = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         job = Job(o.work or Path(folder))
         whole, again = job.work / "whole", job.work / "again"
-        assert job.finish(whole) == 0, last_line(whole)
-        began = time.monotonic()
-        assert job.finish(again) == 0, last_line(again)
-        life = time.monotonic() - began
+        for out in (whole, again):  # the first one compiles
+            began = time.monotonic()
+            assert job.finish(out) == 0, last_line(out)
+            life = time.monotonic() - began
         assert not differences(again, whole), "two runs left alone differ: nothing to compare with"
         print(f"left alone: {life:.1f} s", flush=True)
         for part in o.only:
@@ -304,17 +307,17 @@ def main() -> None:
                     found = damages(job, whole, max(12, o.rounds // 4), rng)
                 case _:
                     found = full_disks(job, whole, max(6, o.rounds // 8), rng)
-            keep({part: found, "rounds": o.rounds, "seed": o.seed, "life": life})
+            keep(o.into, {part: found, "rounds": o.rounds, "seed": o.seed, "life": life})
 
 
-def keep(found: dict[str, Any]) -> None:
+def keep(into: Path, found: dict[str, Any]) -> None:
     """Put what was found in the place of what the results held of it."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "faults.json"
+    into.mkdir(exist_ok=True)
+    path = into / "faults.json"
     report = (json.loads(path.read_text()) if path.is_file() else {}) | found
     path.write_text(json.dumps(report, indent=1) + "\n")
     if all(part in report for part in PARTS):
-        (RESULTS / "faults.md").write_text("\n".join(tables(report)) + "\n")
+        (into / "faults.md").write_text("\n".join(tables(report)) + "\n")
 
 
 if __name__ == "__main__":

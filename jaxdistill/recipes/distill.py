@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ from jaxdistill.recipes.transfer_set import (
     with_teacher_text,
     with_vocabulary,
 )
-from jaxdistill.train.checkpoint import last_checkpoint
+from jaxdistill.train.checkpoint import recover
 from jaxdistill.train.loop import Look, train
 from jaxdistill.train.packing import batches
 from jaxdistill.train.run_directory import RunDirectory
@@ -166,7 +167,8 @@ def _distill(
     stored = before
     if o.steps:
         quarter = max(1, o.steps // 4)
-        resumed = last_checkpoint(run.checkpoints, console.print) if o.resume else None
+        say = functools.partial(console.print, highlight=False, soft_wrap=True)
+        resumed = recover(run.checkpoints, say) if o.resume else None
         probe = found.held[: max(1, 2048 // (o.batch_size * o.seq_len))]
         looks = [
             Look(

@@ -37,6 +37,11 @@ class Checkpoints(contextlib.AbstractContextManager):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.directory = directory.resolve()
         self._failures, self._pending = 0, False
+        self._metadata: dict[str, Any] = {}
+
+        def finalize() -> None:  # no method: orbax copies what it is given, and its object too
+            self._seal()
+
         try:
             self._orbax = ocp.training.Checkpointer(
                 str(self.directory),
@@ -44,7 +49,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 preservation_policy=_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
                 cleanup_tmp_directories=True,
                 context=ocp.Context(
-                    async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+                    async_options=ocp.options.AsyncOptions(post_finalization_callback=finalize)
                 ),
             )
             _ = self._orbax.latest
@@ -87,13 +92,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         failed = self.settle()  # unforced, orbax leaves out a save while another is under way
         for pause in (*PAUSES, None):
             if failed is None:
+                self._metadata = {"data": fingerprint, "skipped": skipped}
                 try:
-                    self._orbax.save_async(
-                        step,
-                        state,
-                        force=True,
-                        custom_metadata={"data": fingerprint, "skipped": skipped},
-                    )
+                    self._orbax.save_async(step, state, force=True, custom_metadata=self._metadata)
                 except Exception as e:  # orbax and tensorstore raise many kinds
                     failed = self._cleared(e)
                 else:
@@ -116,44 +117,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             return self._cleared(e)
         self._failures = 0 if pending else self._failures
         return None
-
-    def recover(self, say: Callable[[str], None] = print) -> int | None:
-        """Return the last whole checkpoint's step, None where there is none.
-
-        Damaged ones after it are moved to ``damaged-checkpoints`` beside the directory.
-
-        Args:
-            say: is told of each damaged one, in a line.
-
-        Raises:
-            UserError: there are checkpoints and all are damaged; they stay where they are.
-        """
-        first, bad, kept = jax.process_index() == 0, {}, None
-        for step in sorted((c.step for c in self._orbax.checkpoints), reverse=True):
-            reason = damage(self.directory / str(step)) if first else None
-            if not agreed(reason is not None):
-                kept = step
-                break
-            bad[step] = reason
-        if bad and kept is None:
-            step, reason = next(iter(bad.items()))
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} is damaged ({reason}) and none before it "
-                "is whole; start again in another --out"
-            )
-        for step, reason in bad.items():
-            aside = self.directory.parent / "damaged-checkpoints" / str(step)
-            if first:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(aside)
-                say(
-                    f"checkpoint {step} is damaged ({reason}): moved to {aside}; going on from "
-                    f"checkpoint {kept}"
-                )
-        if agreed(bool(bad)):  # all wait for the first process
-            self._orbax.reload()
-        return kept
 
     def skipped(self, step: int) -> int:
         """Return how many batches had been left out when a checkpoint was saved."""
@@ -193,7 +156,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _seal(self) -> None:
         """Write the manifest into what is about to become a checkpoint; orbax calls it then."""
         for half in self.directory.glob(_HALF):
-            seal(half)
+            seal(half, self._metadata)
 
     def _cleared(self, error: Exception) -> Exception:
         """Return a failed save's error, its half-written files removed."""
@@ -217,14 +180,46 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
 
-def last_checkpoint(directory: Path, say: Callable[[str], None] = print) -> int | None:
-    """Return the step of a run's last whole checkpoint, None where there is none; see ``recover``.
+def recover(directory: Path, say: Callable[[str], None] = print) -> int | None:
+    """Return the last whole checkpoint's step, None where there is none.
+
+    Damaged ones after it are moved to ``damaged-checkpoints`` beside the directory. It comes before
+    ``Checkpoints``: orbax does not open a directory with a damaged description.
+
+    Args:
+        directory: of the checkpoints.
+        say: is told of each damaged one, in a line.
 
     Raises:
-        UserError: all are damaged.
+        UserError: there are checkpoints and all are damaged; they stay where they are.
     """
-    with Checkpoints(directory) as checkpoints:
-        return checkpoints.recover(say)
+    directory = directory.resolve()
+    first, bad, kept = jax.process_index() == 0, {}, None
+    steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+    for step in sorted(steps, reverse=True):
+        reason = damage(directory / str(step)) if first else None
+        if not agreed(reason is not None):
+            kept = step
+            break
+        bad[step] = reason
+    if bad and kept is None:
+        step, reason = next(iter(bad.items()))
+        raise UserError(
+            f"checkpoint {directory / str(step)} is damaged ({reason}) and none before it is "
+            "whole; start again in another --out"
+        )
+    for step, reason in bad.items():
+        aside = directory.parent / "damaged-checkpoints" / str(step)
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (directory / str(step)).rename(aside)
+            say(
+                f"checkpoint {step} is damaged ({reason}): moved to {aside}; going on from "
+                f"checkpoint {kept}"
+            )
+    agreed(bool(bad))  # all wait for the first process
+    return kept
 
 
 def _shapes(tree: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from rich.progress import (
 
 from jaxdistill.kd.objective import Metrics
 from jaxdistill.mesh import place_batch
-from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.checkpoint import Checkpoints, recover
 from jaxdistill.train.guard import Guard, Watch
 from jaxdistill.train.preemption import StopRequest
 from jaxdistill.train.run_directory import RunDirectory
@@ -83,17 +84,16 @@ def train(
             checkpoints are.
         UserError: a bad loss, or a disk that cannot be written.
     """
+    console = console or Console(stderr=True)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    last = recover(run.checkpoints, say) if resume else None
     with (
         StopRequest() as stop,
         Checkpoints(run.checkpoints, keep=keep) as checkpoints,
         _progress(console) as progress,
     ):
-
-        def say(line: str) -> None:
-            progress.console.print(line, highlight=False, soft_wrap=True)
-
         watch, done, oldest, before = Watch(guard, run), int(state.step), int(state.step), 0
-        if resume and (last := checkpoints.recover(say)) is not None:
+        if last is not None:
             state = checkpoints.restore(state, fingerprint)
             done, oldest, before = last, last - 1, checkpoints.skipped(last)
         watch.take_up(done, before)

@@ -14,12 +14,18 @@ from typing import Any
 MANIFEST = "manifest.json"
 _STEP = "_CHECKPOINT_METADATA"
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)  # written after the sealing
+_KEYS = ("custom_metadata", "item_handlers", "init_timestamp_nsecs", "commit_timestamp_nsecs")
 _CHUNK = 2**20
 
 
-def seal(directory: Path) -> None:
-    """Write the manifest of a checkpoint whose arrays are all written; it is on disk on return."""
-    found = json.dumps({"files": _checksums(directory), "metadata": _metadata(directory)})
+def seal(directory: Path, metadata: Any) -> None:
+    """Write the manifest of a checkpoint whose arrays are all written; it is on disk on return.
+
+    Args:
+        directory: of the checkpoint.
+        metadata: the run's own, which orbax may write only later.
+    """
+    found = json.dumps({"files": _checksums(directory), "metadata": metadata})
     with (directory / MANIFEST).open("w") as file:
         file.write(found + "\n")
         file.flush()
@@ -70,6 +76,8 @@ def _checksum(path: Path) -> list[int]:
 def _metadata(directory: Path) -> Any:
     """Return what orbax keeps of the run's own; its file also holds times, written later."""
     try:
-        return json.loads((directory / _STEP).read_text())["custom_metadata"]
-    except (ValueError, KeyError, TypeError, OSError):
+        found = json.loads((directory / _STEP).read_text())
+    except (ValueError, OSError):
         return None
+    whole = isinstance(found, dict) and all(key in found for key in _KEYS)
+    return found["custom_metadata"] if whole else None

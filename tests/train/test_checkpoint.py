@@ -10,7 +10,7 @@ import pytest
 
 from jaxdistill.errors import UserError
 from jaxdistill.train import checkpoint, manifest
-from jaxdistill.train.checkpoint import Checkpoints, last_checkpoint
+from jaxdistill.train.checkpoint import Checkpoints, recover
 
 
 def state(value: float):
@@ -130,6 +130,8 @@ def test_a_changed_byte_anywhere_is_noticed(saved):
     assert '"skipped": 3' in text
     (step / "_CHECKPOINT_METADATA").write_text(text.replace('"skipped": 3', '"skipped": 4'))
     assert manifest.damage(step) == "_CHECKPOINT_METADATA has other values"
+    (step / "_CHECKPOINT_METADATA").write_text(text.replace("item_handlers", "item_handLers"))
+    assert manifest.damage(step) == "_CHECKPOINT_METADATA has other values"
     (step / "_CHECKPOINT_METADATA").write_text(text)
     assert manifest.damage(step) is None
 
@@ -171,8 +173,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(saved, tmp_pa
     shutil.copytree(saved[0], folder)
     spoil(folder / "3")
     said = []
+    assert recover(folder, said.append) == 2
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints.recover(said.append) == 2
         assert checkpoints.latest == 2 and checkpoints.skipped(2) == 2
         got = checkpoints.restore(saved[1] | {"step": jnp.asarray(0)}, "data")
         np.testing.assert_array_equal(got["w"], saved[1]["w"])
@@ -181,7 +183,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(saved, tmp_pa
     aside = tmp_path / "damaged-checkpoints" / "3"
     assert line.startswith("checkpoint 3 is damaged (") and reason in line
     assert line.endswith(f"): moved to {aside}; going on from checkpoint 2")
-    assert aside.is_dir() and last_checkpoint(folder, said.append) == 3
+    assert aside.is_dir() and recover(folder, said.append) == 3
 
 
 def test_where_all_are_damaged_it_says_so_and_leaves_them(saved, tmp_path):
@@ -189,7 +191,7 @@ def test_where_all_are_damaged_it_says_so_and_leaves_them(saved, tmp_path):
     for step in (1, 2, 3):
         flip_array(tmp_path / "c" / str(step))
     with pytest.raises(UserError) as e:
-        last_checkpoint(tmp_path / "c")
+        recover(tmp_path / "c")
     assert str(e.value).startswith(f"checkpoint {tmp_path / 'c' / '3'} is damaged (")
     assert str(e.value).endswith(") and none before it is whole; start again in another --out")
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1", "2", "3"]
@@ -198,7 +200,7 @@ def test_where_all_are_damaged_it_says_so_and_leaves_them(saved, tmp_path):
 def test_one_without_a_manifest_is_taken_as_it_is(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "c")
     (tmp_path / "c" / "3" / "manifest.json").unlink()
-    assert last_checkpoint(tmp_path / "c") == 3
+    assert recover(tmp_path / "c") == 3
 
 
 class Disk:
@@ -209,10 +211,10 @@ class Disk:
         monkeypatch.setattr(checkpoint, "seal", self.seal)
         monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
 
-    def seal(self, directory):
+    def seal(self, directory, metadata):
         if self.left and (number := self.left.pop(0)):
             raise OSError(number, "no")
-        self.really(directory)
+        self.really(directory, metadata)
 
 
 def test_a_full_disk_is_heard_of_at_the_next_save(tmp_path, monkeypatch):

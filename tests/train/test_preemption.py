@@ -2,6 +2,10 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +104,35 @@ def test_outside_of_training_the_command_ends_at_once(monkeypatch, capsys):
         "stopped by SIGTERM; go on with --resume where the verb has it\n"
     )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+PROCESS = """
+import os, signal, sys, jax
+from jaxdistill.train.preemption import StopRequest
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+with StopRequest() as stop:
+    for step in range(1, 99):
+        if step == 3 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if stop.asked():
+            break
+    print(step, stop.stopped("").exit_code, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_after_the_same_step():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(i)],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    assert [p.communicate(timeout=300)[0].split()[-2:] for p in running] == [["3", "143"]] * 2
