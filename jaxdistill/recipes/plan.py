@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -169,7 +170,7 @@ def planned_step(
     options: dict[str, Any] = {f.name: getattr(o, f.name) for f in dataclasses.fields(Quantization)}
     job = Distill(
         data="",
-        out="",  # pyright: ignore[reportArgumentType]
+        out=Path(),
         teacher=o.model,
         objective=o.objective,
         freeze=o.freeze,
