@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from jaxdistill.errors import UserError
 
@@ -110,7 +109,7 @@ def axis_size(axes: str | Sequence[str]) -> int:
     return math.prod(dict(mesh.shape).get(name, 1) for name in names)
 
 
-def constrain(x: Array, *axes: str | Sequence[str] | None) -> Array:
+def constrain(x: Any, *axes: str | Sequence[str] | None) -> Any:
     """Say how an array's axes are divided on the present mesh; without one, return it as it is.
 
     Args:

@@ -18,6 +18,14 @@ if _HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
 _QUICK = "--xla_backend_optimization_level"
 if _QUICK not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += f" {_QUICK}=0"
+# Many tests compile what others do: one folder holds what was compiled in this run, for all of its
+# processes.
+_COMPILED = tempfile.TemporaryDirectory(prefix="jaxdistill-tests-xla-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
+os.environ |= {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ |= {
     "HF_DATASETS_OFFLINE": "1",
@@ -48,8 +56,9 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_unconfigure() -> None:
-    """Removes the cache folder."""
+    """Removes the cache folders."""
     _HF_HOME.cleanup()
+    _COMPILED.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -240,10 +240,10 @@ def make_apply(
     return apply
 
 
-def _embed(table_VD: Array, ids_N: Array) -> Array:
+def _embed(table_VD: Any, ids_N: Any) -> Array:
     """Look ids up; on a mesh each device looks up its own columns, so no table is gathered."""
     table_VD = constrain(constrain(table_VD, VOCABULARY), None, VOCABULARY)
-    x_ND = jnp.take(table_VD, constrain(ids_N, DATA), axis=0)
+    x_ND = jnp.take(jnp.asarray(table_VD), constrain(ids_N, DATA), axis=0)
     return constrain(x_ND, DATA, VOCABULARY)
 
 

@@ -104,7 +104,7 @@ def test_written_texts_are_confirmed_by_a_classifier(texts, tmp_path, monkeypatc
     assert np.asarray(stored.synthetic.fixed["labels"]).tolist() == [0, 0, 1, 1]
     assert all(text.split()[0] in ("bad", "poor", "awful") for text in stored.texts[:2])
     assert all(text.split()[0] in ("good", "fine", "lovely") for text in stored.texts[2:])
-    assert judged(tmp_path / "r", texts[0], "linear", capsys)["set"] > 0.7
+    assert judged(tmp_path / "r", texts[0], "mlp", capsys)["set"] > 0.7
     with pytest.raises(UserError, match="generate more"):
         condense(job(texts, tmp_path / "few", **options | {"per_class": 8}))
 

@@ -1,0 +1,148 @@
+"""Do runs on many devices end as runs on one do?
+
+stories260K (a real Llama of 8 layers' kind) is distilled by the command line on one device, on
+eight simulated ones in three meshes, and on two processes of four; the loss of every step and the
+finished student are compared. Results go to ``results/equality.md``.
+
+    python -m benchmarks.sharding.equality
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.stories260k import load_stories
+from jaxdistill.dd.stored_set import load_set
+from jaxdistill.models.hf import save_hf
+from jaxdistill.models.hub import load_model
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+DATA = ROOT.parent / "shared" / "data"
+WORK = ROOT / "runs" / "sharding"
+OUT = HERE / "results" / "equality.md"
+MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
+STEPS = 20
+
+
+def jobs(model: str, text: str, cache: str, rows: str) -> dict[str, list[str]]:
+    """Return each job's command line, its --out and mesh left out."""
+    common = [
+        *("--data", text, "--steps", str(STEPS), "--batch-size", "16", "--seq-len", "64"),
+        *("--eval-tokens", "4096", "--signal-every", "-1", "--lr", "1e-3"),
+    ]
+    short = ["--student-init", "cut:layers=3"]
+    return {
+        "KD-QAT, ov-freeze": ["quantize", "--model", model, *common],
+        "KD, cached teacher": [
+            *("distill", "--teacher", model, "--cache", cache, "--student", model),
+            *(*short, *common),
+        ],
+        "KD, on-policy": [
+            *("distill", "--teacher", model, *short, *common),
+            *("--on-policy", "1", "--prompt-length", "16"),
+        ],
+        "DD, meta-gradient": [
+            *("condense", "--data", rows, "--per-class", "2", "--architecture", "mlp"),
+            *("--inner-optimizer", "adam", "--inner-rate", "0.01", "--steps", str(STEPS)),
+        ],
+    }
+
+
+def run(arguments: list[str], out: Path, devices: int, *, hosts: int = 1) -> None:
+    """Run the command line in as many processes, each with its devices; raise if one fails."""
+    shutil.rmtree(out, ignore_errors=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    started = []
+    for i in range(hosts):
+        told = ["--hosts", f"127.0.0.1:{port},{hosts},{i}"] if hosts > 1 else []
+        code = "import sys; from jaxdistill.cli import main; main(sys.argv[1:])"
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, *arguments, "--out", str(out), *told],
+                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in started:
+        _, said = process.communicate(timeout=1200)
+        if process.returncode:
+            raise RuntimeError(said[-2000:])
+
+
+def losses(out: Path) -> np.ndarray:
+    """Return the loss of every step."""
+    return np.asarray([json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()])
+
+
+def finished(out: Path) -> list[np.ndarray]:
+    """Return the arrays that a run ends with."""
+    if (out / "set").is_dir():
+        tree: Any = load_set(out / "set").synthetic.learned
+    else:
+        tree = load_model(out).floats().params
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+
+
+def main() -> None:
+    """Run all jobs on all meshes."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    stories = load_stories(DATA / "models" / "stories260K")
+    save_hf(WORK / "model", stories.config, stories.params, stories.tokenizer)
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4, dtype=np.int32), 40)
+    inputs = rng.normal(size=(160, 12)) + 2 * rng.normal(size=(4, 12))[labels]
+    np.savez(WORK / "rows.npz", inputs=inputs.astype(np.float32), labels=labels)
+    text = str(DATA / "text" / "tinystories_lower.jsonl.gz")
+    source = WORK / "text.jsonl"
+    import gzip
+
+    with gzip.open(text, "rt") as file:
+        source.write_text("".join(line for line, _ in zip(file, range(600), strict=False)))
+    cache = WORK / "cache"
+    model = str(WORK / "model")
+    run(
+        ["cache-teacher", "--teacher", model, "--data", str(source), "--seq-len", "64"],
+        cache,
+        8,
+    )
+    lines = [
+        "| job | devices | largest relative difference of a loss | of the finished arrays (L2) |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for name, arguments in jobs(model, str(source), str(cache), str(WORK / "rows.npz")).items():
+        alone = WORK / "alone"
+        run(arguments, alone, 1)
+        expected, ended = losses(alone), finished(alone)
+        ways = [(mesh, 8, 1) for mesh in MESHES]
+        ways += [("data=2,fsdp=4", 4, 2)]
+        for mesh, devices, hosts in ways:
+            out = WORK / "sharded"
+            run([*arguments, "--mesh", mesh], out, devices, hosts=hosts)
+            found, arrays = losses(out), finished(out)
+            worst = float(np.abs(found / expected - 1).max())
+            apart = np.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(arrays, ended, strict=True)))
+            size = np.sqrt(sum((b**2).sum() for b in ended))
+            where = f"{hosts} processes x {devices}, {mesh}" if hosts > 1 else mesh
+            lines.append(f"| {name} | {where} | {worst:.1e} | {apart / size:.1e} |")
+            print(lines[-1], flush=True)
+            OUT.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
