@@ -1,6 +1,6 @@
 """Do runs on many devices end as runs on one do?
 
-stories260K (a real Llama of 8 layers' kind) is distilled by the command line on one device, on
+stories260K (a real Llama of 5 layers) is distilled by the command line on one device, on
 eight simulated ones in three meshes, and on two processes of four; the loss of every step and the
 finished student are compared. Results go to ``results/equality.md``.
 
