@@ -69,7 +69,7 @@ def test_an_axis_that_does_not_divide_stays_whole():
 def test_the_optimizer_follows_its_parameters():
     tx = ov_freeze(adamw(1e-3, 10))
     with on_mesh(make_mesh(MESH)):
-        params = place(add_scales(tiny.params(CONFIG), POLICY))
+        params = place(tiny.params(CONFIG))
         state = make_sharded(lambda p: init_state(p, tx), params)
     moments = [
         leaf
