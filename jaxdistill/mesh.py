@@ -189,11 +189,11 @@ def on_primary(do: Callable[[], None], name: str) -> None:
         return do()
     from jax.experimental import multihost_utils
 
-    error: Exception | None = None
+    error: BaseException | None = None
     if is_primary():
         try:
             do()
-        except Exception as e:  # told to the others first, who would wait for ever
+        except BaseException as e:  # told to the others first, who would wait for ever
             error = e
     failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
     if error is not None:

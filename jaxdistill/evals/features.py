@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
 from jaxdistill.errors import UserError
+from jaxdistill.mesh import fetch
 from jaxdistill.models.hub import Model
 from jaxdistill.quant.policy import dequantize_params
 
@@ -103,7 +104,7 @@ def text_features(
         # The last batch of a width is filled up with its first row: one shape a width.
         filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
         made = pooled(params, jnp.asarray(ids[filled, :width]), jnp.asarray(lengths[filled]))
-        found[rows] = np.asarray(made)[: len(rows)]
+        found[rows] = fetch(made)[: len(rows)]
         if progress is not None:
             progress(len(rows))
     return found
@@ -124,7 +125,7 @@ def embedding_table(model: Model) -> Float32[np.ndarray, "V D"]:
     """Return the model's table of input embeddings, in float."""
     stored = {"embed_tokens": model.params["embed_tokens"]}
     table = dequantize_params(stored)["embed_tokens"]["embedding"]
-    return np.asarray(table, np.float32)
+    return fetch(table).astype(np.float32)
 
 
 def embed(

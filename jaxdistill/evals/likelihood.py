@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.errors import UserError
 from jaxdistill.losses.divergences import ce
+from jaxdistill.mesh import fetch
 from jaxdistill.models.tokenizer import Tokenizer
 
 
@@ -218,7 +219,7 @@ def log_likelihoods(
         scores = _score(
             params, tokens, filled[0], filled[1], np.int32(len(places)), apply=apply, chunk=chunk
         )
-        log_p, best = (np.asarray(x)[: len(places)] for x in scores)
+        log_p, best = (fetch(x)[: len(places)] for x in scores)
         np.add.at(sums, owners, log_p.astype(np.float64))
         np.logical_and.at(greedy, owners, best)
         if progress is not None:

@@ -17,8 +17,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxdistill.errors import UserError
+from jaxdistill.mesh import fetch
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Params
+from jaxdistill.models.sharding import make_sharded, place
 
 _LEAVES = ("kernel", "bias", "weight", "embedding")
 
@@ -50,8 +52,12 @@ def cut_layers(
             raise UserError(
                 f"a cut to the layers {kept} given; accepted: different ones from 0 to {have - 1}"
             )
-    layers = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[kept]), params["layers"])
-    return dataclasses.replace(config, num_layers=len(kept)), {**params, "layers": layers}
+    index = np.asarray(kept)
+    cut: Params = make_sharded(
+        lambda stack: jax.tree.map(lambda x: jnp.take(x, index, axis=0), stack),
+        {"layers": jax.tree.map(jnp.asarray, params["layers"])},
+    )
+    return dataclasses.replace(config, num_layers=len(kept)), params | cut
 
 
 def cut_width(
@@ -94,7 +100,7 @@ def cut_width(
         UserError: more than there are, heads that do not divide, or params that are quantized.
     """
     _check_float(params)
-    params = jax.tree.map(np.asarray, params)  # one pass on the host, where nothing is compiled
+    params = jax.tree.map(fetch, params)  # one pass on the host, where nothing is compiled
     for name, wanted, have in (
         ("intermediate", intermediate, config.intermediate_size),
         ("heads", heads, config.num_heads),
@@ -108,7 +114,7 @@ def cut_width(
         config, params = _cut_heads(config, params, heads)
     if hidden not in (None, config.hidden_size):
         config, params = _cut_hidden(config, params, hidden)
-    return config, jax.tree.map(jnp.asarray, params)
+    return config, place(params)
 
 
 def _check_float(params: Params) -> None:

@@ -134,7 +134,7 @@ def _start(o: Condense, real: dict[str, Any], teacher: ApplyFn, guide: Params) -
     """Return the real rows as embeddings, with what the teacher says of them."""
     steps = {"rate": o.inner_rate, "steps": o.inner_steps} if o.learn_rates else {}
     start = embedded_rows(real, guide["embed_tokens"]["embedding"], **steps)
-    start = with_teacher_labels(start, teacher, guide)
+    start = jax.jit(lambda s, p: with_teacher_labels(s, teacher, p))(start, guide)
     if not o.soft_labels:
         return start
     fixed = dict(start.fixed)

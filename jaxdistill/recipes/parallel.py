@@ -23,7 +23,8 @@ class Parallel:
 
     mesh: str | None = None
     """Devices along each axis, as in data=2,fsdp=4,tensor=1: copies of the model, parts of every
-    weight, parts of every layer. auto is fsdp over all devices; by default one device."""
+    weight, parts of every layer. auto is fsdp over all devices; by default one device, with --hosts
+    auto."""
     hosts: str | None = None
     """Run as one of several processes: auto (SLURM, Kubernetes, TPU pods, Open MPI), or
     ADDRESS:PORT,PROCESSES,INDEX of the first process, their number and this one's. The mesh is over

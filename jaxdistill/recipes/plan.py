@@ -20,6 +20,8 @@ import tyro
 from jaxdistill.errors import UserError
 from jaxdistill.evals.cost import device, matrix_params, training_flops
 from jaxdistill.kd.freeze import freeze, freeze_patterns
+from jaxdistill.kd.schedule import schedule_of
+from jaxdistill.kd.states import init_projections
 from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.losses.loss import parse_loss
 from jaxdistill.mesh import MeshShape, check_rows, make_mesh, on_mesh, parse_mesh, row_sharding
@@ -43,6 +45,8 @@ class _Planned:
     or a .gguf file. No weights are read."""
     teacher: str | None = None
     """Shape of the live teacher; by default the student's own. none for a cached one."""
+    cache_k: int = 64
+    """Tokens that a cached teacher keeps of each place."""
     mesh: str = "data=1"
     """Devices along each axis, as in fsdp=64 or data=4,fsdp=8,tensor=2; simulated on this host."""
     batch_size: int = 8
@@ -60,7 +64,8 @@ class _Planned:
     objective: str = "forward_kl"
     """See `jaxdistill distill`."""
     freeze: str = "ov"
-    """See `jaxdistill quantize`."""
+    """Left untrained: ov, none, weights or a regex, see `jaxdistill quantize`; with --bits none,
+    none by default."""
     accumulate: int = 1
     """Micro-batches a step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -86,7 +91,7 @@ def plan(o: Plan) -> dict[str, Any]:
     Returns:
         ``mesh``, ``devices``, ``params`` (weights of the student's linear layers); ``bytes`` a
         device: ``student`` (masters, grids), ``optimizer``, ``teacher``, ``batch``, ``activations``
-        (kept from the forward for the backward pass), ``temporaries`` (all others) and ``total``;
+        (kept from forward to backward, an estimate), ``temporaries`` (all others) and ``total``;
         ``memory`` of a device and whether it ``fits``; ``flops`` a step (``model``, ``hardware``);
         ``tokens_per_second``, ``hours`` and with a price ``cost``, at ``mfu``; ``compile_seconds``.
 
@@ -103,7 +108,7 @@ def plan(o: Plan) -> dict[str, Any]:
     with on_mesh(mesh):
         found = _compiled(o, student, teacher, mesh)
     found["total"] = sum(found.values())
-    patterns = freeze_patterns(o.freeze)
+    patterns = frozen_by(o)
     flops = training_flops(
         student,
         o.seq_len,
@@ -133,8 +138,15 @@ def plan(o: Plan) -> dict[str, Any]:
     }
 
 
+def frozen_by(o: Plan) -> list[str]:
+    """Return the patterns that --freeze means."""
+    if o.freeze == "auto":
+        raise UserError("--freeze auto given, which reads weights; accepted: ov, none or a regex")
+    return [] if o.bits == "none" and o.freeze == "ov" else freeze_patterns(o.freeze)
+
+
 def _check(o: Plan, shape: MeshShape) -> None:
-    least = {"batch_size": 1, "seq_len": 2, "accumulate": 1, "chunk": 1}
+    least = {"batch_size": 1, "seq_len": 2, "accumulate": 1, "chunk": 1, "cache_k": 1}
     for name, bound in least.items():
         if getattr(o, name) < bound:
             flag = name.replace("_", "-")
@@ -165,13 +177,14 @@ def _simulated(number: int) -> list[Any]:
 def planned_step(
     o: Plan, student: ModelConfig, teacher: ModelConfig | None, mesh: Any
 ) -> tuple[Any, tuple[Any, Any, Any], Any]:
-    """Return the jitted step, its arguments as shapes in their places, and the objective."""
+    """Return the jitted step, its arguments as shapes in their places, and the loss's sum."""
     base = Model(config=student, params=_shapes(student), tokenizer=None, source=o.model)
     options: dict[str, Any] = {f.name: getattr(o, f.name) for f in dataclasses.fields(Quantization)}
     job = Distill(
         data="",
         out=Path(),
-        teacher=o.model,
+        teacher=None if teacher is None else o.model,
+        cache=Path() if teacher is None else None,
         objective=o.objective,
         freeze=o.freeze,
         batch_size=o.batch_size,
@@ -185,16 +198,26 @@ def planned_step(
     )
     policy = policy_of(job, base)
     params = base.params if policy is None else scale_shapes(base.params, policy)
+    loss = parse_loss(o.objective)
+    width = (teacher or student).hidden_size
+    learned = jax.eval_shape(
+        lambda: init_projections(
+            loss, student.hidden_size, width, student.num_layers, jax.random.key(0)
+        )
+    )
+    params = params | ({"projections": learned} if learned else {})
+    if loss.moving().get("cakld.confidence") == "measured":
+        loss = loss.with_argument("cakld.confidence", 0.5)
+    schedule = schedule_of(loss, 1000)
     trainee = Trainee(config=student, params=params, policy=policy, merge=None, frozen=())
     guides = []
     if teacher is not None:
         name = o.teacher or o.model
         guides = [Model(config=teacher, params=_shapes(teacher), tokenizer=None, source=name)]
-    loss = parse_loss(o.objective)
     shared = min(c.vocab_size for c in (student, *(g.config for g in guides)))
     objective = objective_of(job, loss, trainee, guides, shared)
-    tx = freeze(adamw(1e-4, 1000), freeze_patterns(o.freeze) if policy else [])
-    state = jax.eval_shape(lambda p: init_state(p, tx), params)
+    tx = freeze(adamw(1e-4, 1000), frozen_by(o))
+    state = jax.eval_shape(lambda p: init_state(p, tx, schedule), params)
     rows = row_sharding(mesh)
     kinds = {
         "tokens": jnp.int32,
@@ -202,24 +225,37 @@ def planned_step(
         "segment_ids": jnp.int32,
         "positions": jnp.int32,
     }
+    if teacher is None:
+        kinds |= {"teacher_log_probs": jnp.float16, "teacher_log_tail": jnp.float16}
+        kinds["teacher_indices"] = jnp.uint16 if student.vocab_size <= 2**16 else jnp.int32
+    kept: dict[str, tuple[int, ...]] = {"teacher_log_probs": (o.cache_k,)}
+    kept["teacher_indices"] = (o.cache_k,)
     batch = {
-        name: jax.ShapeDtypeStruct((o.batch_size, o.seq_len), kind, sharding=rows)
+        name: jax.ShapeDtypeStruct(
+            (o.batch_size, o.seq_len, *kept.get(name, ())), kind, sharding=rows
+        )
         for name, kind in kinds.items()
     }
     taught = _placed(guides[0].params, mesh, o.teacher_layout) if guides else None
-    step = make_step(objective, tx, accumulate=o.accumulate)
-    return step, (_placed(state, mesh), taught, batch), objective
+    step = make_step(objective, tx, accumulate=o.accumulate, schedule=schedule)
+    knobs = (schedule.knobs(schedule.init(), jnp.zeros((), jnp.int32)),) if schedule else ()
+
+    def loss_of(params: Any, taught: Any, batch: Any) -> Any:
+        return objective(params, taught, batch, *knobs)[0]
+
+    return step, (_placed(state, mesh), taught, batch), loss_of
 
 
 def _compiled(
     o: Plan, student: ModelConfig, teacher: ModelConfig | None, mesh: Any
 ) -> dict[str, int]:
     """Return the bytes that one device holds, by what they are."""
-    step, arguments, objective = planned_step(o, student, teacher, mesh)
+    step, arguments, loss_of = planned_step(o, student, teacher, mesh)
     memory = step.lower(*arguments).compile().memory_analysis()
     state, taught, batch = arguments
-    # What the backward pass needs of the forward one, weights left out: it is made of the rows.
-    saved = _saved(objective, state.params, taught, batch, o) // mesh.size
+    # What the backward pass needs of the forward one, weights left out: rows, whole along tensor.
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    saved = _saved(loss_of, state.params, taught, batch, o) // rows
     spare = memory.output_size_in_bytes - memory.alias_size_in_bytes  # metrics; the state is reused
     temporaries = memory.temp_size_in_bytes + max(0, spare)
     return {
@@ -232,7 +268,7 @@ def _compiled(
     }
 
 
-def _saved(objective: Any, params: Any, taught: Any, batch: Any, o: Plan) -> int:
+def _saved(loss_of: Any, params: Any, taught: Any, batch: Any, o: Plan) -> int:
     """Return the bytes of a micro-batch's residuals that are not of a parameter's shape."""
     part = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((x.shape[0] // o.accumulate, *x.shape[1:]), x.dtype), batch
@@ -240,7 +276,7 @@ def _saved(objective: Any, params: Any, taught: Any, batch: Any, o: Plan) -> int
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, taught))
 
     def backward(params: Any, taught: Any, batch: Any) -> Any:
-        return jax.vjp(lambda p: objective(p, taught, batch)[0], params)[1]
+        return jax.vjp(lambda p: loss_of(p, taught, batch), params)[1]
 
     kept = jax.eval_shape(backward, *bare, part)
     weights = {leaf.shape for leaf in jax.tree.leaves(bare)}

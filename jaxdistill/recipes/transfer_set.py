@@ -15,7 +15,7 @@ from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.sequence_level import teacher_text
 from jaxdistill.kd.teacher_cache import CachedRows, check_loss, open_cache
 from jaxdistill.losses.loss import Loss
-from jaxdistill.mesh import on_primary, wait_for_all
+from jaxdistill.mesh import fetch, on_primary, place_batch, wait_for_all
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model
 from jaxdistill.recipes.cache_teacher import cache_fingerprints
@@ -234,5 +234,6 @@ def _nll_of_rows(objective: Any, params: Any, rows: Any, batch_size: int) -> np.
     for at in range(0, len(rows), batch_size):
         index = np.minimum(np.arange(at, at + batch_size), len(rows) - 1)
         picked = [rows[int(i)] for i in index]
-        found.append(nll(params, {k: np.stack([row[k] for row in picked]) for k in names}))
+        batch = place_batch({k: np.stack([row[k] for row in picked]) for k in names})
+        found.append(fetch(nll(params, batch)))
     return np.concatenate(found)[: len(rows)].astype(float)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from jaxdistill._disk import retried
 from jaxdistill.errors import UserError
+from jaxdistill.mesh import on_primary
 from jaxdistill.train.run_directory import RunDirectory, append, read_metrics
 
 WINDOW = 128
@@ -110,7 +111,10 @@ class Watch:
         if self.guard.on_spike == "rollback" and kept is not None and within:
             skipped = self.skipped + failed - kept
             row = {"step": kept, "failed": failed, "problem": problem, "skipped": skipped}
-            retried(lambda: append(self.run.path / LOG, json.dumps(row) + "\n"))
+            on_primary(
+                lambda: retried(lambda: append(self.run.path / LOG, json.dumps(row) + "\n")),
+                "log a rollback",
+            )
             return (
                 f"{where}: back to checkpoint {kept}, and on without the {failed - kept} batches "
                 f"since (rollback {self.rollbacks + 1} of {MOST})"

@@ -61,7 +61,7 @@ class StopRequest(contextlib.AbstractContextManager):
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
         # A signal that came after the last look at the flag.
-        if self._number is not None and kind is None:
+        if kind is None and self.asked():
             raise self.stopped("; go on with --resume")
 
     def _note(self, number: int, _: FrameType | None) -> None:

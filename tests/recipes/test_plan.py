@@ -67,6 +67,23 @@ def test_speed_hours_and_cost_follow_from_the_flops(report):
     assert report["fits"] and report["memory"] == 80 * 2**30
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher": "none", "cache_k": 8},
+        {"bits": "none", "objective": "0.9*forward_kl:temperature=4..1+0.1*hidden:layers=last"},
+    ],
+    ids=str,
+)
+def test_other_steps_are_planned_too(model, report, options):
+    found = plan(Plan(model=model, **SMALL | options))
+    cached = options.get("teacher") == "none"
+    assert (found["bytes"]["teacher"] == 0) == cached
+    assert (found["bytes"]["batch"] > report["bytes"]["batch"]) == cached
+    # A float student freezes nothing, a cached teacher computes nothing.
+    assert (found["flops"]["model"] > report["flops"]["model"]) == (not cached)
+
+
 def test_what_does_not_fit_is_said(model, monkeypatch):
     small = device("h100")
     object.__setattr__(small, "memory", 10_000)
@@ -113,6 +130,8 @@ def test_shipped_configs_have_the_published_size(name):
         ({"device": "tpu"}, r"device 'tpu' given; accepted: a100"),
         ({"mesh": "rows=2"}, r"mesh 'rows=2' given"),
         ({"mfu": 1.5}, r"--mfu 1.5"),
+        ({"freeze": "auto"}, r"--freeze auto given"),
+        ({"freeze": "("}, r"not a list of regular expressions"),
         ({"batch_size": 6}, r"--batch-size 6 .* accepted: a multiple of 4 rows"),
         ({"mesh": "fsdp=512", "batch_size": 512}, r"JAX has started with 8"),
     ],
