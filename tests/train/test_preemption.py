@@ -22,6 +22,16 @@ def kill(number):
     os.kill(os.getpid(), number)
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Both signals as a terminal leaves them; a shell's background jobs ignore SIGINT."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run left alone: its state and its metrics."""
