@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -128,11 +128,43 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+class HostRows(dict[str, Any]):
+    """Hold those rows of a batch that this host's devices hold, ``name -> [n, ...]``.
+
+    Attributes:
+        index: which rows of the batch they are, rising.
+        batch_size: B, the rows of all hosts together.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], index: np.ndarray, batch_size: int) -> None:
+        super().__init__(arrays)
+        self.index, self.batch_size = index, batch_size
+
+
+def rows_of_devices(mesh: Mesh, batch_size: int, devices: Collection[Any]) -> np.ndarray:
+    """Return which rows of a batch lie on some devices of a mesh, rising."""
+    held = row_sharding(mesh).devices_indices_map((batch_size,))
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[held[d]] for d in mesh.devices.flat if d in devices]))
+
+
+def own_rows(batch_size: int) -> np.ndarray:
+    """Return which rows of a batch this host's devices hold: on one host, and without a mesh, all.
+
+    So it is too where the rows cannot be divided, and go whole to each device.
+    """
+    mesh = present_mesh()
+    if mesh is None or jax.process_count() == 1 or batch_size % axis_size(ROWS):
+        return np.arange(batch_size)
+    return rows_of_devices(mesh, batch_size, set(jax.local_devices()))
+
+
 def place_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a batch's arrays ``[B, ...]`` on the present mesh; as it is without one.
 
-    Every host has the same batch, and hands its own rows alone to its devices. An array that is no
-    batch of rows (of no axis, or of a number of rows that cannot be divided) goes whole to each.
+    Every host gives the same batch, or its own rows of it (``HostRows``), and hands these alone to
+    its devices. An array that is no batch of rows (of no axis, or of a number of rows that cannot
+    be divided) goes whole to each.
     """
     mesh = present_mesh()
     if mesh is None:
@@ -144,7 +176,17 @@ def place_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         sharding = row_sharding(mesh) if divides else NamedSharding(mesh, PartitionSpec())
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put, dict(batch))
+    def put_own(x: Any) -> jax.Array:
+        x, own = np.asarray(x), cast(HostRows, batch)
+
+        def part(index: Any) -> np.ndarray:
+            wanted = np.arange(own.batch_size)[index[0]]
+            return x[np.searchsorted(own.index, wanted)][(slice(None), *index[1:])]
+
+        shape = (own.batch_size, *x.shape[1:])
+        return jax.make_array_from_callback(shape, row_sharding(mesh), part)
+
+    return jax.tree.map(put_own if isinstance(batch, HostRows) else put, dict(batch))
 
 
 def check_rows(batch_size: int, shape: MeshShape, accumulate: int = 1) -> None:

@@ -23,7 +23,7 @@ if _QUICK not in os.environ["XLA_FLAGS"]:
 _COMPILED = tempfile.TemporaryDirectory(prefix="jaxdistill-tests-xla-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
 os.environ |= {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

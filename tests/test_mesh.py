@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxdistill.errors import UserError
 from jaxdistill.losses.chunked import join_chunks, pad_and_split
 from jaxdistill.mesh import (
+    HostRows,
     MeshShape,
     axis_size,
     check_rows,
@@ -19,6 +20,7 @@ from jaxdistill.mesh import (
     parse_mesh,
     place_batch,
     present_mesh,
+    rows_of_devices,
 )
 
 
@@ -73,6 +75,25 @@ def test_a_batch_is_divided_by_rows_and_else_whole():
     assert placed["odd"].is_fully_replicated and placed["scalar"].is_fully_replicated
     for name, value in batch.items():
         np.testing.assert_array_equal(fetch(placed[name]), value)
+
+
+def test_a_host_reads_the_rows_of_its_devices_alone():
+    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    halves = [rows_of_devices(mesh, 8, jax.devices()[at : at + 4]) for at in (0, 4)]
+    np.testing.assert_array_equal(halves, [np.arange(4), np.arange(4, 8)])
+    # A host that holds a part of every layer of all rows reads all of them.
+    across = make_mesh(MeshShape(fsdp=2, tensor=4))
+    odd = [d for d in jax.devices() if d.id % 2]
+    np.testing.assert_array_equal(rows_of_devices(across, 8, odd), np.arange(8))
+
+
+def test_rows_of_a_host_take_their_place_in_the_batch():
+    tokens = np.arange(32).reshape(8, 4)
+    with on_mesh(make_mesh(MeshShape(data=2, fsdp=2, tensor=2))):
+        placed = place_batch(HostRows({"tokens": tokens}, np.arange(8), 8))
+        whole = place_batch({"tokens": tokens})
+    assert placed["tokens"].sharding == whole["tokens"].sharding
+    np.testing.assert_array_equal(fetch(placed["tokens"]), tokens)
 
 
 @pytest.mark.parametrize(("rows", "chunk"), [(24, 8), (24, 5), (24, 100), (23, 8)])

@@ -33,7 +33,7 @@ from jaxdistill.kd.teacher_cache import (
 from jaxdistill.losses.chunked import Head, join_chunks, pad_and_split
 from jaxdistill.losses.loss import Term, parse_term
 from jaxdistill.losses.top_k import TopK, top_k_of
-from jaxdistill.mesh import fetch, is_primary, on_primary, place_batch, wait_for_all
+from jaxdistill.mesh import fetch, on_primary, place_batch
 from jaxdistill.models.decoder import ApplyFn
 
 _LOWEST = -6e4  # exp of it is 0; float16 ends at -65504
@@ -187,11 +187,9 @@ def write_cache(
                         progress(stop - start, False)
                     continue
                 parts = _predicted(predict, own, rows, start, stop, batch_size, header, progress)
-                if is_primary():
-                    _write_shard(path, header, shard, parts)
-            wait_for_all("write_cache")
-            for left in path.glob("*.part") if is_primary() else ():
-                left.unlink()
+                write = functools.partial(_write_shard, path, header, shard, parts)
+                on_primary(write, f"write {path}")
+            on_primary(lambda: _clear(path), f"clear {path}")
     except OSError as e:
         raise UserError(
             f"{path} cannot be written ({reason_of(e)}); make room or choose another directory, "
@@ -217,6 +215,11 @@ def _predicted(predict, params, rows, start, stop, batch_size, header, progress)
         if progress is not None:
             progress(n, True)
     return {part: np.concatenate([x[part] for x in found]) for part in PARTS}
+
+
+def _clear(path: Path) -> None:
+    for left in path.glob("*.part"):
+        left.unlink()
 
 
 def _write_shard(

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxdistill.errors import UserError
-from jaxdistill.mesh import fetch, is_primary, wait_for_all
+from jaxdistill.mesh import fetch, is_primary, on_primary
 from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hf_directory import (
@@ -136,24 +136,35 @@ def save_hf(
     leaves = _leaves(config, params, layout)
     by_name = {t.name: t for t in layout}
 
+    left = [t.name for t in layout]
+
     def get(name: str) -> np.ndarray:
+        left.remove(name)
         t = by_name[name]
         leaf = fetch(leaves[t.path] if t.layer is None else leaves[t.path][t.layer])
         return leaf.T if t.transpose else leaf
 
     tensors = [(t.name, SAVE_DTYPES[dtype], t.shape) for t in layout]
-    if not is_primary():  # takes part in the gathering alone
-        for name, *_ in tensors:
-            get(name)
-        return wait_for_all("save_hf")
-    write_model_directory(
-        directory,
-        config_to_hf(config) | {"torch_dtype": dtype, "dtype": dtype},
-        lambda part: write_weights(part, tensors, get, max_shard_bytes),
-        tokenizer,
-        card,
-    )
-    wait_for_all("save_hf")
+
+    def gather() -> None:  # every process takes part in it, also where the first cannot write
+        while left:
+            get(left[0])
+
+    def write() -> None:
+        try:
+            write_model_directory(
+                directory,
+                config_to_hf(config) | {"torch_dtype": dtype, "dtype": dtype},
+                lambda part: write_weights(part, tensors, get, max_shard_bytes),
+                tokenizer,
+                card,
+            )
+        finally:
+            gather()
+
+    if not is_primary():
+        gather()
+    on_primary(write, f"write {directory}")
 
 
 # Reading

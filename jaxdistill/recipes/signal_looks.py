@@ -14,7 +14,7 @@ from jaxdistill.kd.probe import make_probe
 from jaxdistill.kd.recommend import recommend_freeze
 from jaxdistill.kd.signal import by_projection, make_signal
 from jaxdistill.kd.signal_sums import PROJECTIONS
-from jaxdistill.mesh import is_primary, place_batch
+from jaxdistill.mesh import on_primary, place_batch
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hub import Model
 from jaxdistill.quant.measure import flip_rate
@@ -26,6 +26,7 @@ from jaxdistill.quant.policy import (
 )
 from jaxdistill.recipes.options import Training
 from jaxdistill.train.loop import Look
+from jaxdistill.train.run_directory import append
 
 _TOKENS = 512  # of a look
 _ANALYSED = 4096  # before a run
@@ -103,9 +104,8 @@ def signal_looks(
             flat |= {f"signal/{p}/flips": float(means[i]) for i, p in enumerate(PROJECTIONS)}
             arrays["flips"] = flips.tolist()
         before = now
-        if is_primary():
-            with (run / "signal.jsonl").open("a") as f:
-                f.write(json.dumps({"step": step, "projections": PROJECTIONS} | arrays) + "\n")
+        row = json.dumps({"step": step, "projections": PROJECTIONS} | arrays) + "\n"
+        on_primary(lambda: append(run / "signal.jsonl", row), f"write {run}")
         return flat | {"signal/seconds": time.perf_counter() - began}
 
     return [Look(every, look, at_end=False)]

@@ -202,7 +202,7 @@ def serve(
 ) -> Any:
     """Return ``data[i]``, the batch of step i, in the order that the options ask for."""
     if o.curriculum == "none":
-        return batches(found.rows, batch_size=o.batch_size, seed=o.seed)
+        return batches(found.rows, batch_size=o.batch_size, seed=o.seed, per_host=True)
     if o.curriculum == "length":
         lengths = [found.rows[i]["loss_mask"].sum() for i in range(len(found.rows))]
         difficulty = np.array(lengths, float)

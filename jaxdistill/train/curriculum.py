@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdistill.errors import UserError
-from jaxdistill.train.packing import Batch
+from jaxdistill.train.packing import Batch, read_rows
 
 
 class CurriculumBatches:
@@ -16,7 +16,7 @@ class CurriculumBatches:
 
     At step i of a rise over R steps the easiest ``sqrt(start^2 + (1 - start^2) i / R)`` of the rows
     may come, after it all. ``self[i]`` is a pure function of rows, difficulty, seed and i, so a run
-    resumes exactly by going on at its step.
+    resumes exactly by going on at its step. Of several hosts each reads its own rows.
     """
 
     def __init__(
@@ -58,5 +58,4 @@ class CurriculumBatches:
         """Return the batch of a step: rows drawn with replacement from those that may come."""
         known = max(1, round(self.competence(step) * len(self._order)))
         drawn = np.random.default_rng([self._seed, step]).integers(0, known, self._batch_size)
-        picked = [self._rows[int(i)] for i in self._order[drawn]]
-        return {name: np.stack([row[name] for row in picked]) for name in picked[0]}
+        return read_rows(self._rows, self._order[drawn], per_host=True)

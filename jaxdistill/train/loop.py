@@ -100,8 +100,8 @@ def train(
         task = progress.add_task(name, total=steps, completed=done, loss="", rate="")
         while done < steps:
             began = time.perf_counter()
-            batch = data[done + watch.skipped]
-            state, metrics = step(state, teacher_params, place_batch(batch))
+            batch = place_batch(data[done + watch.skipped])
+            state, metrics = step(state, teacher_params, batch)
             values = {metric: _value(of) for metric, of in metrics.items()}
             seconds = time.perf_counter() - began
             done += 1

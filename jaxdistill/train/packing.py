@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.rows import Rows
+from jaxdistill.mesh import HostRows, own_rows
 from jaxdistill.train.encode import Example
 
 Batch = dict[str, np.ndarray]
@@ -148,7 +151,7 @@ def _lengths(examples: Sequence[Example], seq_len: int) -> np.ndarray:
 
 
 def batches(
-    packed: Rows, *, batch_size: int, seed: int, shuffle: bool = True
+    packed: Rows, *, batch_size: int, seed: int, shuffle: bool = True, per_host: bool = False
 ) -> grain.MapDataset[Batch]:
     """Serve the rows as an endless sequence of batches, reshuffled every epoch.
 
@@ -162,6 +165,8 @@ def batches(
         batch_size: B, at least 1.
         seed: from 0 to 2**32 - 1.
         shuffle: False for the rows in their order, over and over.
+        per_host: read those rows alone that this host's devices hold (``mesh.HostRows``); which
+            rows make a batch does not depend on it, so a run may go on with more or fewer hosts.
 
     Returns:
         Elements are dictionaries of ``tokens``, ``loss_mask``, ``segment_ids`` and ``positions``,
@@ -173,9 +178,24 @@ def batches(
     _check_batch(packed, batch_size)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; accepted: 0 to {2**32 - 1}; choose one of these")
-    ds = grain.MapDataset.source(packed).seed(seed)
+    ds = grain.MapDataset.range(len(packed)).seed(seed)
     ds = ds.shuffle() if shuffle else ds
-    return ds.repeat().batch(batch_size)
+    read = functools.partial(read_rows, packed, per_host=per_host)
+    return ds.repeat().batch(batch_size).map(read)
+
+
+def read_rows(rows: Any, index: Int[np.ndarray, "B"], *, per_host: bool = False) -> Batch:
+    """Return the rows of an index as one batch; of several hosts, this one's alone if ``per_host``.
+
+    Args:
+        rows: ``rows[i]`` is a dict of arrays.
+        index: of the rows; one may come twice.
+        per_host: see ``batches``.
+    """
+    own = own_rows(len(index)) if per_host else np.arange(len(index))
+    read = [rows[int(i)] for i in index[own]]
+    batch = {name: np.stack([row[name] for row in read]) for name in read[0]}
+    return batch if len(own) == len(index) else HostRows(batch, own, len(index))
 
 
 def eval_batches(packed: Rows, batch_size: int) -> list[Batch]:

@@ -15,7 +15,7 @@ import jax
 
 from jaxdistill._disk import LOCK, DirectoryLock, is_full, reason_of, retried
 from jaxdistill.errors import UserError
-from jaxdistill.mesh import is_primary, on_primary
+from jaxdistill.mesh import on_primary
 from jaxdistill.models.json_text import parse_json, read_object
 from jaxdistill.train.board import Board
 
@@ -130,8 +130,9 @@ class RunDirectory(contextlib.AbstractContextManager):
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append one row to ``metrics.jsonl`` and to TensorBoard."""
-        if not is_primary():
-            return
+        on_primary(lambda: self._log(step, values), f"write {self.path}")
+
+    def _log(self, step: int, values: Mapping[str, float | int]) -> None:
         row = {"step": step} | {k: float(v) for k, v in values.items()}
         retried(lambda: append(self.path / "metrics.jsonl", json.dumps(row) + "\n"))
         if self._board is None:

@@ -74,7 +74,7 @@ def quantized():
     return make_apply(CONFIG, transform=fake_quant_params(policy)), add_scales(PARAMS, policy)
 
 
-@pytest.mark.parametrize("student", ["float", "4 bits", "4 bits, Adam, ov-freeze"])
+@pytest.mark.parametrize("student", ["float", "4 bits, Adam, ov-freeze"])
 def test_the_meta_gradient_through_kd_and_quantization_is_the_slope(student):
     apply, params = (APPLY, PARAMS) if student == "float" else quantized()
     inner = objective_loss(kd_objective(apply, None, "0.5*forward_kl+0.5*ce", fused=False))

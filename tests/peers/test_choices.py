@@ -26,7 +26,7 @@ needs_harness = pytest.mark.skipif(
 
 @pytest.mark.slow
 def test_smollm2_chooses_as_transformers_does(smollm2_path, shared_data):
-    """200 real questions of four sets: the same choices, log-likelihoods equal but for rounding."""
+    """60 real questions of four sets: the same choices, log-likelihoods equal but for rounding."""
     here = load_model(smollm2_path)
     there = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
@@ -34,7 +34,7 @@ def test_smollm2_chooses_as_transformers_does(smollm2_path, shared_data):
     tokenizer, apply = here.text_tokenizer(), here.apply_fn()
     largest, same, hits = 0.0, 0, [0, 0]
     for name in ("openbookqa_dev", "piqa_valid_a", "winogrande_val_a", "blimp_a"):
-        asked = load_choices(shared_data / "mc" / f"{name}.jsonl.gz", limit=50)
+        asked = load_choices(shared_data / "mc" / f"{name}.jsonl.gz", limit=15)
         ours = score_choices(apply, here.params, tokenizer, asked, max_length=8192)
         theirs = _transformers_scores(there, tokenizer, asked)
         for question, got, want in zip(asked, ours.log_likelihoods, theirs, strict=True):
@@ -42,9 +42,9 @@ def test_smollm2_chooses_as_transformers_does(smollm2_path, shared_data):
             same += got.argmax() == want.argmax()
             hits[0] += got.argmax() == question.label
             hits[1] += want.argmax() == question.label
-    print(f"SmolLM2, 200 questions: {same} equal choices, {hits[0]} and {hits[1]} right, ", end="")
+    print(f"SmolLM2, 60 questions: {same} equal choices, {hits[0]} and {hits[1]} right, ", end="")
     print(f"max |difference of log-likelihood| {largest:.1e}")
-    assert same == 200 and hits[0] == hits[1]
+    assert same == 60 and hits[0] == hits[1]
     assert largest < 2e-3
 
 

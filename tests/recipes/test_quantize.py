@@ -237,8 +237,9 @@ def test_killed_run_resumes_bit_for_bit(inputs, tmp_path):
     """Kill -9 in mid-run, resume: every parameter, moment and metric as in a run left alone."""
     model, data = inputs
     command = [sys.executable, "-c", "from jaxdistill.cli import main; main()", "quantize"]
-    command += ["--model", model, "--data", data, "--steps", "40", "--batch-size", "2"]
+    command += ["--model", model, "--data", data, "--steps", "24", "--batch-size", "2"]
     command += ["--seq-len", "32", "--group-size", "32", "--lr", "1e-3", "--checkpoint-every", "4"]
+    command += ["--signal-every", "-1", "--eval-tokens", "64"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
     def start(out, *more):
@@ -264,14 +265,14 @@ def test_killed_run_resumes_bit_for_bit(inputs, tmp_path):
     final = []
     for out in (whole, cut):
         with Checkpoints(out / "checkpoints") as saved:
-            assert saved.latest == 40
-            shapes = saved._orbax.metadata(40).metadata
+            assert saved.latest == 24
+            shapes = saved._orbax.metadata(24).metadata
             like = jax.tree.map(
                 lambda m: jax.numpy.zeros(m.shape, m.dtype),
                 shapes,
                 is_leaf=lambda m: hasattr(m, "shape"),
             )
-            final.append(saved._orbax.load(40, like))
+            final.append(saved._orbax.load(24, like))
     leaves = [jax.tree_util.tree_leaves_with_path(state) for state in final]
     assert len(leaves[0]) == len(leaves[1]) > 20
     for (path, a), (_, b) in zip(*leaves, strict=True):
@@ -280,7 +281,7 @@ def test_killed_run_resumes_bit_for_bit(inputs, tmp_path):
     assert results[0] == results[1]
     rows = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, cut)]
     losses = [[json.loads(row)["loss"] for row in part] for part in rows]
-    assert losses[0] == losses[1] and len(losses[0]) == 40
+    assert losses[0] == losses[1] and len(losses[0]) == 24
 
 
 @pytest.mark.parametrize(
