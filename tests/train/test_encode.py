@@ -5,9 +5,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jaxdistill.train.data import load_rows, (
+from jaxdistill.train.data import (
     Example,
     encode_rows,
+    load_rows,
 )
 from tests.errors import error_of
 from tests.tiny import CHATML, byte_tokenizer
