@@ -20,6 +20,8 @@ PEERS := .venv-peers
 LINTED := jaxdistill tests $(wildcard benchmarks notebooks)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Modules are compiled when first imported, and most never are.
+export PIP_NO_COMPILE := 1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
