@@ -27,7 +27,7 @@ def inner_rates(synthetic: Synthetic, rate: float | int, steps: int) -> Array:
 def meta_gradient(
     inner_loss: LossFn,
     outer_loss: LossFn,
-    init: Callable[[Array], Any],
+    init: Callable[[Array], Any] | None,
     *,
     tx: optax.GradientTransformation,
     unroll: Unroll,
@@ -40,8 +40,9 @@ def meta_gradient(
         inner_loss: ``(params, synthetic batch) -> scalar``, what training on S makes less.
         outer_loss: ``(params, real batch) -> scalar``, what S is for. Any pair will do: any
             ``Objective`` (``dd.language.objective_loss``), with any teacher.
-        init: ``key -> params``, the start of training; fresh weights for a set that shall serve
-            any network, or always the same student.
+        init: ``key -> params``, the start of training: fresh weights, for a set that shall serve
+            any network. None for one student, whose params are the real batch's ``student``: an
+            argument, for a large model must not become a constant of the compiled step.
         tx: inner optimizer of rate one, see ``dd.inner``.
         unroll: steps, window, memory.
         rate: inner learning rate where the set has no ``log_rates`` of its own.
@@ -55,7 +56,8 @@ def meta_gradient(
     def meta_loss(synthetic: Synthetic, real: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         init_key, train_key = jax.random.split(key)
         rates = inner_rates(synthetic, rate, unroll.steps)
-        params = train(init(init_key), synthetic.batch(), rates, train_key)
+        start = real["student"] if init is None else init(init_key)
+        params = train(start, synthetic.batch(), rates, train_key)
         metrics = {"rate": jnp.mean(rates)} if "log_rates" in synthetic.learned else {}
         return outer_loss(params, real), metrics
 

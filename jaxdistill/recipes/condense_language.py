@@ -61,7 +61,7 @@ def learn_rows(
     meta_loss = meta_gradient(
         given,
         live,
-        lambda _: params,
+        None,
         tx=inner_optimizer(o.inner_optimizer),
         unroll=o.unroll,
         rate=o.inner_rate,
@@ -69,7 +69,7 @@ def learn_rows(
     )
     print_ = fingerprint(packed)
     served = batches(packed, batch_size=o.batch_size, seed=o.seed)
-    what = learning(o, start, meta_loss, served, print_, teacher=guide)
+    what = learning(o, start, meta_loss, served, print_, teacher=guide, student=params)
     run = opened.enter_context(RunDirectory(o.out, condense_identity(o), resume=o.resume))
     synthetic = learn(o, what, run, console)
     reading = {

@@ -21,16 +21,16 @@ class Learning(NamedTuple):
     """Hold what ``learn`` does; build one with ``learning``.
 
     Attributes:
-        step: ``(state, teacher params, batch) -> (state, metrics)``.
+        step: ``(state, models, batch) -> (state, metrics)``.
         state: the first one.
-        teacher: params that every real batch is read with, or None.
+        models: params that join every real batch, by their name in it.
         batches: ``batches[i]`` is the real data of update i.
         fingerprint: of the real data.
     """
 
     step: Callable[..., Any]
     state: CondenseState
-    teacher: Any
+    models: dict[str, Any]
     batches: Any
     fingerprint: str
 
@@ -41,8 +41,7 @@ def learning(
     meta_loss: MetaLoss,
     batches: Any,
     fingerprint: str,
-    *,
-    teacher: Any = None,
+    **models: Any,
 ) -> Learning:
     """Make ready to learn a set, and trace an update: what cannot be computed is said here.
 
@@ -52,17 +51,17 @@ def learning(
         meta_loss: what each update makes less.
         batches: ``batches[i]`` is the real data of update i.
         fingerprint: of the real data, kept with each checkpoint.
-        teacher: params that join every batch as ``teacher``; None for none.
+        **models: params that join every batch under their name, as ``teacher`` and ``student``.
     """
     tx = optax.adam(optax.cosine_decay_schedule(o.lr, o.steps))
     update = make_condense_step(meta_loss, tx, networks=o.networks)
 
-    def step(state: Any, teacher: Any, batch: Any) -> Any:
-        return update(state, batch if teacher is None else {**batch, "teacher": teacher})
+    def step(state: Any, models: Any, batch: Any) -> Any:
+        return update(state, {**batch, **models})
 
     state = make_sharded(lambda: init_condense(start, tx, o.seed))
-    jax.eval_shape(step, state, teacher, batches[0])
-    return Learning(step, state, teacher, batches, fingerprint)
+    jax.eval_shape(step, state, models, batches[0])
+    return Learning(step, state, models, batches, fingerprint)
 
 
 def learn(o: Condense, what: Learning, run: RunDirectory, console: Console) -> Synthetic:
@@ -71,7 +70,7 @@ def learn(o: Condense, what: Learning, run: RunDirectory, console: Console) -> S
     state = train(
         what.step,
         what.state,
-        what.teacher,
+        what.models,
         what.batches,
         steps=o.steps,
         run=run,
