@@ -71,8 +71,12 @@ def test_quantize_prints_json_as_its_last_line(inputs, tmp_path, capsys):
 
 def test_generate_prints_an_answer(inputs, capsys):
     model, _ = inputs
-    main(["generate", "--model", model, "--prompt", "hello", "--max-new-tokens", "5"])
-    assert len(capsys.readouterr().out) > 0
+    asked = ["generate", "--model", model, "--prompt", "hello", "--max-new-tokens", "5"]
+    said = []
+    for mesh in ([], ["--mesh", "data=2,fsdp=2,tensor=2"]):
+        main([*asked, *mesh])
+        said.append(capsys.readouterr().out)
+    assert len(said[0]) > 1 and said[0] == said[1]
 
 
 def test_bad_inputs_are_one_line_and_write_nothing(inputs, tmp_path, capsys):

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.errors import UserError
+from jaxdistill.mesh import fetch
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Output, Params, init_cache
 
@@ -209,5 +210,5 @@ def generate(
         how=how,
         stop=tuple(config.eos_token_ids if stop is None else stop),
     )
-    lengths = np.asarray(samples.lengths) - np.asarray(samples.stopped)
-    return [row[:n].tolist() for row, n in zip(np.asarray(samples.tokens), lengths, strict=True)]
+    lengths = fetch(samples.lengths) - fetch(samples.stopped)
+    return [row[:n].tolist() for row, n in zip(fetch(samples.tokens), lengths, strict=True)]

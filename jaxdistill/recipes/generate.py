@@ -9,18 +9,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from jaxdistill.models import generate as decoding
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Params, make_apply
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.quant.policy import ActivationRules, dequantize_params, fake_quant_activations
+from jaxdistill.recipes.parallel import Parallel, parallel
 
 Weights = Literal["packed", "int8", "float"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(Parallel):
     """Answer a prompt with a model."""
 
     model: str
@@ -90,7 +92,8 @@ def answer(
     return str(tokenizer.decode(new[0], skip_special_tokens=True))
 
 
-def generate(o: Generate) -> str:
+@parallel
+def generate(o: Generate, console: Console | None = None) -> str:
     """Return the answer to the options' prompt."""
     how = decoding.Sampling(
         max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p
