@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
         for name in ("absl", "asyncio"):  # what is wrong comes as an error, and needs no log
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        _ignore_late_writes()
         self.directory = directory.resolve()
         self._failures, self._pending = 0, False
         self._metadata: dict[str, Any] = {}
@@ -182,6 +185,19 @@ class Checkpoints(contextlib.AbstractContextManager):
             f"{self.directory} cannot be written ({reason_of(error)}); {last} is kept; look at the "
             "disk, then go on with --resume"
         )
+
+
+@functools.cache
+def _ignore_late_writes() -> None:
+    """Say nothing of writes that end after the failure of another closed orbax's event loop."""
+    before = sys.unraisablehook
+
+    def hook(what: Any) -> None:
+        late = isinstance(what.exc_value, RuntimeError) and "loop is closed" in str(what.exc_value)
+        if not late:
+            before(what)
+
+    sys.unraisablehook = hook
 
 
 def recover(directory: Path, say: Callable[[str], None] = print) -> int | None:

@@ -2,6 +2,8 @@
 
 import errno
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +246,15 @@ def test_a_full_disk_is_heard_of_at_the_end(wait, tmp_path, monkeypatch):
         Checkpoints(tmp_path / "checkpoints") as checkpoints,
     ):
         checkpoints.save(1, state(1.0), "data", wait=wait)
+
+
+def test_a_write_that_ends_after_the_save_failed_says_nothing(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: heard.append(str(what.exc_value)))
+    checkpoint._ignore_late_writes.__wrapped__()
+    for said in ("Event loop is closed", "something else"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(said)))
+    assert heard == ["something else"]
 
 
 def test_what_may_pass_is_saved_again(tmp_path, monkeypatch):

@@ -1,0 +1,50 @@
+"""Time the package beside its peers: ``python -m benchmarks [CASE ...] [--full] [--json]``.
+
+Writes ``results/speed-quick.md`` or ``results/speed-full.md`` and the same as ``.json``; a case
+that is measured again takes its old place in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from benchmarks.cases import cases
+from benchmarks.harness import measure, table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Measure the cases that were asked for, by default all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--full", action="store_true", help="SmolLM2-135M's shapes, not tiny ones")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="one JSON object a case, no files")
+    given = parser.parse_args()
+    known = cases(not given.full)
+    if unknown := [name for name in given.cases if name not in known]:
+        parser.error(f"no case {unknown[0]!r}; accepted: {', '.join(known)}")
+    where = RESULTS / f"speed-{'full' if given.full else 'quick'}.json"
+    kept = json.loads(where.read_text()) if where.is_file() else {}
+    for name in given.cases or known:
+        result = measure(known[name], given.rounds)
+        if given.json:
+            print(json.dumps(result), flush=True)
+            continue
+        print(table(result), flush=True)
+        kept[name] = result
+        where.write_text(json.dumps(kept, indent=1) + "\n")
+        device = f"{os.cpu_count()} x {jax.devices()[0].device_kind}"
+        head = f"# Steps beside PyTorch's\n\n{device}, jax {jax.__version__}. Medians of "
+        head += "interleaved rounds, each variant in a process of its own.\n\n"
+        where.with_suffix(".md").write_text(head + "\n".join(map(table, kept.values())))
+
+
+if __name__ == "__main__":
+    main()
