@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers lint format clean
+.PHONY: help demo test test-peers bench bench-full lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s%s\n", $$1, $$2}' Makefile
@@ -43,6 +43,12 @@ test: $(VENV)/.model ## run the tests, without PyTorch
 test-peers: $(PEERS)/.model ## run the tests that compare with PyTorch and other packages
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=3" \
 	  $(PEERS)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/peers $(PYTEST_ARGS)
+
+bench: $(PEERS)/.installed ## time steps of a tiny model beside PyTorch's
+	$(PEERS)/bin/python -m benchmarks
+
+bench-full: $(PEERS)/.installed ## time steps at SmolLM2-135M's shapes beside PyTorch's
+	$(PEERS)/bin/python -m benchmarks --full
 
 lint: $(VENV)/.installed ## check style, format and types
 	$(VENV)/bin/ruff check $(LINTED)
