@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
@@ -101,7 +102,7 @@ def damage_value(rng: Rng, value: Any) -> Any:
                     deep = [deep] if rng.random() < 0.5 else {"a": deep}
                 node[key] = deep
             case _:
-                node[key] = pick(rng, VALUES)
+                node[key] = copy.deepcopy(pick(rng, VALUES))  # the next change may be inside
         if "" not in root:
             root[""] = {}
     return root[""]
