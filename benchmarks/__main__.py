@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+from importlib.metadata import version
 from pathlib import Path
-
-import jax
 
 from benchmarks.cases import cases
 from benchmarks.harness import measure, table
@@ -40,8 +38,7 @@ def main() -> None:
         print(table(result), flush=True)
         kept[name] = result
         where.write_text(json.dumps(kept, indent=1) + "\n")
-        device = f"{os.cpu_count()} x {jax.devices()[0].device_kind}"
-        head = f"# Steps beside PyTorch's\n\n{device}, jax {jax.__version__}. Medians of "
+        head = f"# Steps beside PyTorch's\n\n{result['device']}, jax {version('jax')}. Medians of "
         head += "interleaved rounds, each variant in a process of its own.\n\n"
         where.with_suffix(".md").write_text(head + "\n".join(map(table, kept.values())))
 

@@ -57,6 +57,7 @@ class Variant:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # several share a GPU
         )
         self.facts = self._answer()
 
@@ -156,6 +157,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "roofline_gflops": roofline / 1e9,
         "load": os.getloadavg()[0],
+        "device": next(v.facts["device"] for v in variants if v.name == "jax"),
         "variants": found,
         "absent": absent,
     }

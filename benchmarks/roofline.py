@@ -19,7 +19,8 @@ def jax(dtype: str) -> tuple[Callable[[], None], dict[str, Any]]:
     def go() -> None:
         framework.block_until_ready(multiply(a, a))
 
-    return go, {"flops": 2.0 * SIZE**3}
+    kind = f"{len(framework.devices())} x {framework.devices()[0].device_kind}"
+    return go, {"flops": 2.0 * SIZE**3, "device": kind}
 
 
 def torch(dtype: str) -> tuple[Callable[[], None], dict[str, Any]]:

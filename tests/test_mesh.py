@@ -87,13 +87,25 @@ def test_a_host_reads_the_rows_of_its_devices_alone():
     np.testing.assert_array_equal(rows_of_devices(across, 8, odd), np.arange(8))
 
 
-def test_rows_of_a_host_take_their_place_in_the_batch():
-    tokens = np.arange(32).reshape(8, 4)
-    with on_mesh(make_mesh(MeshShape(data=2, fsdp=2, tensor=2))):
-        placed = place_batch(HostRows({"tokens": tokens}, np.arange(8), 8))
-        whole = place_batch({"tokens": tokens})
-    assert placed["tokens"].sharding == whole["tokens"].sharding
-    np.testing.assert_array_equal(fetch(placed["tokens"]), tokens)
+def test_rows_of_a_host_take_their_place_in_the_batch(monkeypatch):
+    tokens, asked = np.arange(64).reshape(16, 4), []
+    mesh = make_mesh(MeshShape(fsdp=8))
+    odd = jax.devices()[1::2]  # of a host whose devices lie between another's
+    index = rows_of_devices(mesh, 16, odd)
+    np.testing.assert_array_equal(index, [2, 3, 6, 7, 10, 11, 14, 15])
+
+    def made(*given):
+        asked.append(given)
+        return jnp.zeros(given[0])
+
+    monkeypatch.setattr(jax, "make_array_from_callback", made)
+    with on_mesh(mesh):
+        place_batch(HostRows({"tokens": tokens[index]}, index, 16))
+    shape, sharding, part = asked[0]
+    assert shape == (16, 4)
+    for device in odd:
+        held = sharding.devices_indices_map(shape)[device]
+        np.testing.assert_array_equal(part(held), tokens[held])
 
 
 @pytest.mark.parametrize(("rows", "chunk"), [(24, 8), (24, 5), (24, 100), (23, 8)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ def step(
     """Build a step; see ``ours.step``. The table stays in float here, which is less work."""
     c = CONFIGS[shape]
     torch.manual_seed(0)
-    torch.set_num_threads(torch.get_num_threads() if torch.cuda.is_available() else 2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size,

@@ -59,6 +59,7 @@ def meta_gradient(
         start = real["student"] if init is None else init(init_key)
         params = train(start, synthetic.batch(), rates, train_key)
         metrics = {"rate": jnp.mean(rates)} if "log_rates" in synthetic.learned else {}
-        return outer_loss(params, real), metrics
+        seen = {name: x for name, x in real.items() if name != "student"}
+        return outer_loss(params, seen), metrics
 
     return meta_loss

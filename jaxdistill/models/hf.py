@@ -160,7 +160,8 @@ def save_hf(
                 card,
             )
         finally:
-            gather()
+            if jax.process_count() > 1:
+                gather()
 
     if not is_primary():
         gather()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from jaxdistill.kd.probe import make_probe
 from jaxdistill.kd.recommend import recommend_freeze
 from jaxdistill.kd.signal import by_projection, make_signal
 from jaxdistill.kd.signal_sums import PROJECTIONS
-from jaxdistill.mesh import on_primary, place_batch
+from jaxdistill.mesh import place_batch
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hub import Model
 from jaxdistill.quant.measure import flip_rate
@@ -26,7 +25,7 @@ from jaxdistill.quant.policy import (
 )
 from jaxdistill.recipes.options import Training
 from jaxdistill.train.loop import Look
-from jaxdistill.train.run_directory import append
+from jaxdistill.train.run_directory import append_row
 
 _TOKENS = 512  # of a look
 _ANALYSED = 4096  # before a run
@@ -104,8 +103,7 @@ def signal_looks(
             flat |= {f"signal/{p}/flips": float(means[i]) for i, p in enumerate(PROJECTIONS)}
             arrays["flips"] = flips.tolist()
         before = now
-        row = json.dumps({"step": step, "projections": PROJECTIONS} | arrays) + "\n"
-        on_primary(lambda: append(run / "signal.jsonl", row), f"write {run}")
+        append_row(run / "signal.jsonl", {"step": step, "projections": PROJECTIONS} | arrays)
         return flat | {"signal/seconds": time.perf_counter() - began}
 
     return [Look(every, look, at_end=False)]

@@ -189,7 +189,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 @functools.cache
 def _ignore_late_writes() -> None:
-    """Say nothing of writes that end after the failure of another closed orbax's event loop."""
+    """Say nothing of writes that end late: when one fails, orbax closes the loop of all others."""
     before = sys.unraisablehook
 
     def hook(what: Any) -> None:

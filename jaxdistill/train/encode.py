@@ -18,6 +18,7 @@ from jaxdistill.errors import UserError
 FORMS = (
     "'text', or 'messages' (a list of {role, content}), or 'instruction' and 'output' (and 'input')"
 )
+_MOST = 1e6  # a weight; more would leave float32 in a sum
 _STANDIN = "jaxdistill-stands-in-for-a-turn"  # rendered in the place of an answer, then looked for
 _CHUNK = 1024  # rows that the tokenizer sees at once, over its own threads
 
@@ -176,8 +177,10 @@ def _weight(row: Mapping[str, Any], where: str) -> float:
     weight = row.get("weight")
     if weight is None:
         return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < np.inf:
-        raise UserError(f"{where} has the weight {weight!r}; accepted: a number from 0; correct it")
+    if type(weight) not in (int, float) or not 0 <= weight <= _MOST:
+        raise UserError(
+            f"{where} has the weight {weight!r}; accepted: a number from 0 to {_MOST:g}; correct it"
+        )
     return float(weight)
 
 

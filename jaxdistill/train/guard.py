@@ -9,17 +9,14 @@ deviation in place of mean and standard deviation, which one spike cannot move.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
 from typing import Literal
 
-from jaxdistill._disk import retried
 from jaxdistill.errors import UserError
-from jaxdistill.mesh import on_primary
-from jaxdistill.train.run_directory import RunDirectory, append, read_metrics
+from jaxdistill.train.run_directory import RunDirectory, append_row, read_metrics
 
 WINDOW = 128
 LEAST = 64  # losses in the window before a finite one can be a spike
@@ -111,10 +108,7 @@ class Watch:
         if self.guard.on_spike == "rollback" and kept is not None and within:
             skipped = self.skipped + failed - kept
             row = {"step": kept, "failed": failed, "problem": problem, "skipped": skipped}
-            on_primary(
-                lambda: retried(lambda: append(self.run.path / LOG, json.dumps(row) + "\n")),
-                "log a rollback",
-            )
+            append_row(self.run.path / LOG, row)
             return (
                 f"{where}: back to checkpoint {kept}, and on without the {failed - kept} batches "
                 f"since (rollback {self.rollbacks + 1} of {MOST})"

@@ -15,7 +15,7 @@ import jax
 
 from jaxdistill._disk import LOCK, DirectoryLock, is_full, reason_of, retried
 from jaxdistill.errors import UserError
-from jaxdistill.mesh import on_primary
+from jaxdistill.mesh import is_primary, on_primary
 from jaxdistill.models.json_text import parse_json, read_object
 from jaxdistill.train.board import Board
 
@@ -59,6 +59,28 @@ def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]
         if isinstance(row, dict) and type(row.get("step")) is int:
             rows.append(row)
     return rows
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to one of a run's logs, on the first process, for all.
+
+    Raises:
+        UserError: it cannot be written, for another reason than room; that is an ``OSError``, of
+            which the run's end makes a line.
+    """
+
+    def write() -> None:
+        try:
+            retried(lambda: append(path, json.dumps(row) + "\n"))
+        except OSError as e:
+            if is_full(e):
+                raise
+            raise UserError(
+                f"{path} cannot be written ({reason_of(e)}); look at the disk, then go on with "
+                "--resume"
+            ) from None
+
+    on_primary(write, f"write {path}")
 
 
 class RunDirectory(contextlib.AbstractContextManager):
@@ -130,11 +152,11 @@ class RunDirectory(contextlib.AbstractContextManager):
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append one row to ``metrics.jsonl`` and to TensorBoard."""
-        on_primary(lambda: self._log(step, values), f"write {self.path}")
-
-    def _log(self, step: int, values: Mapping[str, float | int]) -> None:
-        row = {"step": step} | {k: float(v) for k, v in values.items()}
-        retried(lambda: append(self.path / "metrics.jsonl", json.dumps(row) + "\n"))
+        append_row(
+            self.path / "metrics.jsonl", {"step": step} | {k: float(v) for k, v in values.items()}
+        )
+        if not is_primary():
+            return
         if self._board is None:
             self._board = Board(self.path / "tensorboard", step)
         self._board.add(step, values)
