@@ -138,7 +138,10 @@ def damage_json(rng: Rng, data: bytes) -> bytes:
         value = json.loads(data)
     except ValueError:
         return damage(rng, data)
-    return json.dumps(damage_value(rng, value)).encode()
+    try:
+        return json.dumps(damage_value(rng, value)).encode()
+    except RecursionError:  # nested in what was nested
+        return damage(rng, data)
 
 
 def damage_lines(rng: Rng, data: bytes) -> bytes:
