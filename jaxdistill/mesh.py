@@ -221,6 +221,15 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def on_every_host(found: bool) -> bool:
+    """Return whether something holds on every host, such as a file that each looks for."""
+    if jax.process_count() == 1:
+        return found
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.int32(found))))
+
+
 def on_primary(do: Callable[[], None], name: str) -> None:
     """Let the first process do something that the others wait for; its failure is theirs too.
 

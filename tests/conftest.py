@@ -1,5 +1,6 @@
 """Sets up every test run: 8 host devices, strict promotion, no network; and finds real data."""
 
+import importlib.metadata
 import importlib.util
 import os
 import tempfile
@@ -18,12 +19,15 @@ if _HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
 _QUICK = "--xla_backend_optimization_level"
 if _QUICK not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += f" {_QUICK}=0"
+    # XLA's older emitters compile in half the time; a later XLA ends on a flag that it lost.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Many tests compile what others do: one folder holds what was compiled in this run, for all of its
 # processes.
 _COMPILED = tempfile.TemporaryDirectory(prefix="jaxdistill-tests-xla-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
 os.environ |= {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

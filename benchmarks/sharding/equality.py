@@ -123,7 +123,7 @@ def main() -> None:
     found = json.loads(STORED.read_text()) if STORED.is_file() else {}
     for name, arguments in jobs(model, str(source), str(cache), str(WORK / "rows.npz")).items():
         ways = [(mesh, 8, 1) for mesh in MESHES]
-        ways += [("data=2,fsdp=4", 4, 2)] * (arguments[0] != "condense")
+        ways.append(("data=2,fsdp=4", 4, 2))
         missing = [way for way in ways if f"{name}: {said(*way)}" not in found]
         if not missing:
             continue

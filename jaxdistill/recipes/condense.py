@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxdistill.dd.selection import select
-from jaxdistill.dd.stored_set import StoredSet, save_set
+from jaxdistill.dd.stored_set import StoredSet
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.models.hub import load_model
 from jaxdistill.recipes.condense_data import check_real, read_real, shape_of
@@ -64,7 +64,6 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
     began = time.perf_counter()
     if o.examples is not None:
         run, stored = (learn_rows if o.learns else select_texts)(o, console, opened)
-        save_set(run.path / "set", stored)
         return report_set(run, stored, None, time.perf_counter() - began, console)
 
     # Data; everything that can be wrong with the input is found before writing.
@@ -124,5 +123,4 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
         | {"architecture": net.name, "width": o.width},
         slices={name: np.flatnonzero(mask[rows]).tolist() for name, mask in slices.items()},
     )
-    save_set(run.path / "set", stored)
     return report_set(run, stored, real, time.perf_counter() - began, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from jaxdistill.evals.features import (
     text_features,
     token_ids,
 )
+from jaxdistill.mesh import on_every_host, on_primary
 from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.report.progress import item_progress
@@ -210,13 +212,10 @@ def cached_features(
     for text in texts:
         digest.update(text.encode() + b"\0")
     path = None if cache is None else cache / f"features-{digest.hexdigest()[:16]}.npy"
-    if path is not None and path.is_file():
-        try:
-            found = np.load(path, allow_pickle=False)
-        except Exception:  # numpy raises a dozen kinds for a damaged file
-            found = None  # made again
-        if isinstance(found, np.ndarray) and found.shape == (len(texts), model.config.hidden_size):
-            return found
+    found = None if path is None else _kept(path, (len(texts), model.config.hidden_size))
+    if on_every_host(found is not None):  # else all read the texts together
+        assert found is not None
+        return found
     with item_progress(console) as bar:
         task = bar.add_task("features", total=len(texts))
         made = text_features(
@@ -227,12 +226,27 @@ def cached_features(
             progress=lambda done: bar.advance(task, done),
         )
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with part.open("wb") as file:
-            np.save(file, made)
-        os.replace(part, path)
+        on_primary(functools.partial(_keep, path, made), f"write {path}")
     return made
+
+
+def _kept(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return an array of a shape that was kept in a file; None where there is none, or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = np.load(path, allow_pickle=False)
+    except Exception:  # numpy raises a dozen kinds for a damaged file
+        return None
+    return found if isinstance(found, np.ndarray) and found.shape == shape else None
+
+
+def _keep(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.save(file, array)
+    os.replace(part, path)
 
 
 class RealBatches:

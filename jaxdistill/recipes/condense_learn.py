@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from rich.console import Console
 
 from jaxdistill.dd.condense import CondenseState, MetaLoss, init_condense, make_condense_step
 from jaxdistill.dd.synthetic import Synthetic
+from jaxdistill.mesh import fetch
 from jaxdistill.models.sharding import make_sharded
 from jaxdistill.recipes.condense_options import Condense
 from jaxdistill.train.loop import train
@@ -59,13 +61,14 @@ def learning(
     def step(state: Any, models: Any, batch: Any) -> Any:
         return update(state, {**batch, **models})
 
-    state = make_sharded(lambda: init_condense(start, tx, o.seed))
+    whole = jax.tree.map(fetch, start)
+    state = make_sharded(lambda s: init_condense(s, tx, o.seed), whole)
     jax.eval_shape(step, state, models, batches[0])
     return Learning(step, state, models, batches, fingerprint)
 
 
 def learn(o: Condense, what: Learning, run: RunDirectory, console: Console) -> Synthetic:
-    """Return the learned set."""
+    """Return the learned set, whole on every host."""
     quarter = max(1, o.steps // 4)
     state = train(
         what.step,
@@ -82,4 +85,4 @@ def learn(o: Condense, what: Learning, run: RunDirectory, console: Console) -> S
         name="condense",
     )
     assert isinstance(state, CondenseState)
-    return state.synthetic
+    return jax.tree.map(lambda x: jnp.asarray(fetch(x)), state.synthetic)

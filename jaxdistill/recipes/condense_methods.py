@@ -27,6 +27,7 @@ from jaxdistill.dd.stored_set import Level
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.train_on import train_classifier
 from jaxdistill.dd.unroll import make_unroll
+from jaxdistill.mesh import fetch
 from jaxdistill.models.classifiers import Classifier, make_classifier
 from jaxdistill.recipes.condense_data import Real, RealBatches
 from jaxdistill.recipes.condense_options import Condense
@@ -195,7 +196,7 @@ def _el2n(o: Condense, real: Real, net: Classifier) -> Float[np.ndarray, "N"]:
     found = []
     for rows in np.array_split(np.arange(len(real.data)), -(-len(real.data) // _POOL)):
         part = jax.tree.map(lambda x, rows=rows: x[rows], whole)
-        found.append(np.asarray(score(part)))
+        found.append(fetch(score(part)))
     return np.concatenate(found)
 
 
@@ -234,5 +235,5 @@ def _meta_gradient_scores(o: Condense, real: Real, net: Classifier) -> Float[np.
     for pool in pools:
         others = np.setdiff1d(order, pool) if len(pools) > 1 else pool
         outer = rng.choice(others, min(_POOL, len(others)), replace=False)
-        scores[pool] = np.asarray(score(served(pool), served(outer), keys))
+        scores[pool] = fetch(score(served(pool), served(outer), keys))
     return scores

@@ -216,8 +216,6 @@ class Condense(Parallel):
         self._check_words()
         if bool(self.slice) != bool(self.per_slice):
             raise UserError("--slice and --per-slice belong together; give both, or neither")
-        if self.hosts is not None:
-            raise UserError("--hosts given; accepted with condense: one process; leave it out")
         self._check_effects()
         if self.random_window and self.window is None:
             raise UserError("--random-window given without --window; give its length")

@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 from rich.console import Console
 
-from jaxdistill.dd.stored_set import StoredSet
+from jaxdistill.dd.stored_set import StoredSet, save_set
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.text import nearest_examples, nearest_tokens
 from jaxdistill.evals.features import embedding_table
+from jaxdistill.mesh import on_primary
 from jaxdistill.models.hub import Model
 from jaxdistill.recipes.condense_data import Real
 from jaxdistill.recipes.condense_options import Condense
@@ -54,7 +55,7 @@ def nearest_words(
 def report_set(
     run: RunDirectory, stored: StoredSet, real: Real | None, seconds: float, console: Console
 ) -> dict[str, Any]:
-    """Write ``results.json``, the pictures and the run's README; return the results."""
+    """Write the set, ``results.json``, pictures and the run's README; return the results."""
     rows = read_metrics(run.path)
     result: dict[str, Any] = {
         "method": stored.method,
@@ -70,6 +71,24 @@ def report_set(
         losses = [row["loss"] for row in rows]
         result["first_loss"] = float(np.mean(losses[:part]))
         result["last_loss"] = float(np.mean(losses[-part:]))
+    on_primary(lambda: _write(run, stored, real, result, rows), f"write {run.path}")
+    run.close()
+    console.print(
+        f"{result['examples']} examples by {stored.method} in {seconds:,.0f} s: {result['set']}"
+    )
+    return result
+
+
+def _write(
+    run: RunDirectory,
+    stored: StoredSet,
+    real: Real | None,
+    result: dict[str, Any],
+    rows: list[dict[str, Any]],
+) -> None:
+    """Write what ``report_set`` says."""
+    save_set(run.path / "set", stored)
+    if rows:
         plot_condense(run.path / "plots", rows)
     write_json(run.path / "results.json", result)
     if stored.level == "images" and real is not None and (*real.shape, 1)[2] in (1, 3):
@@ -79,11 +98,6 @@ def report_set(
         plot_images(plots / "set.png", _pixels(stored, real), titles)
     table = _table(stored)
     (run.path / "README.md").write_text(_readme(run, stored, result, table))
-    run.close()
-    console.print(
-        f"{result['examples']} examples by {stored.method} in {seconds:,.0f} s: {result['set']}"
-    )
-    return result
 
 
 def _pixels(stored: StoredSet, real: Real) -> np.ndarray:

@@ -19,6 +19,7 @@ from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.errors import UserError
 from jaxdistill.evals.features import check_readable
 from jaxdistill.kd.objective import kd_objective
+from jaxdistill.mesh import fetch
 from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.recipes.condense_data import cached_features, check_real
@@ -139,6 +140,6 @@ def text_scores(
             key = jax.random.fold_in(jax.random.key(o.seed), at)
             inner, judged = ({k: x[some] for k, x in every.items()} for some in (pool, outer))
             found = score(params, inner, judged, key)
-            scores[rows[own]] = np.asarray(found)[: len(own)]
+            scores[rows[own]] = fetch(found)[: len(own)]
             progress.advance(task, len(own))
     return scores

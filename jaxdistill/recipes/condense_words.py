@@ -14,6 +14,7 @@ from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.text import filter_generated, generate_texts
 from jaxdistill.dd.train_on import train_classifier
 from jaxdistill.evals.features import embedding_table
+from jaxdistill.mesh import fetch
 from jaxdistill.models.classifiers import Classifier
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model
@@ -57,7 +58,7 @@ def likely_texts(o: Condense, real: Real, synthetic: Synthetic) -> tuple[str, ..
     shown = np.abs(inputs).max(axis=-1) > 0  # zeros are padding
     return tuple(
         str(decode(row[mask].tolist(), skip_special_tokens=True))
-        for row, mask in zip(np.asarray(ids), shown, strict=True)
+        for row, mask in zip(fetch(ids), shown, strict=True)
     )
 
 
@@ -104,7 +105,7 @@ def written_set(
             net, data, steps=o.expert_steps, rate=1e-3, key=key, batch_size=o.batch_size
         )
     )(data)
-    probs = np.asarray(jax.nn.softmax(net.apply(params, jnp.asarray(read.all_inputs()))))
+    probs = fetch(jax.nn.softmax(net.apply(params, jnp.asarray(read.all_inputs()))))
     rows = filter_generated(read.features, wanted, probs, per_class=o.per_class)
     labels = jnp.asarray(wanted[rows])
     return Synthetic(learned={}, fixed={"labels": labels}), tuple(made[i] for i in rows)

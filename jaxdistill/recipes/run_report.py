@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import recovered
-from jaxdistill.mesh import is_primary
+from jaxdistill.mesh import on_primary
 from jaxdistill.models.quantized import is_quantized
 from jaxdistill.report.plots import plot_training
 from jaxdistill.report.table import markdown_table, result_table
@@ -51,8 +51,15 @@ def before_training(results: Mapping[str, Mapping[str, float | int]]) -> dict[st
 
 def report_run(run: RunDirectory, results: Results, console: Console, title: str) -> None:
     """Write ``results.json``, the plots and the run's README under a title; show the table."""
-    if not is_primary():
-        return
+    on_primary(lambda: _write(run, results, title), f"write {run.path}")
+    run.close()
+    console.print(result_table(results))
+    for warning in warnings_of(results):
+        console.print(f"[yellow]warning: {warning}")
+
+
+def _write(run: RunDirectory, results: Results, title: str) -> None:
+    """Write what ``report_run`` says."""
     write_json(run.path / "results.json", results)
     rows = read_metrics(run.path)
     if rows:
@@ -63,12 +70,11 @@ def report_run(run: RunDirectory, results: Results, console: Console, title: str
         share = recovered(start["kl"], student["kl"])
         name = "PTQ" if "ptq" in results else "the start"
         gap = [f"Share of {name}'s KL to the teacher recovered: {share:.1%}.\n"]
-    warnings = warnings_of(results)
     lines = [
         f"# A jaxdistill run: {title}\n",
         markdown_table(results),
         *gap,
-        *(f"Warning: {w}.\n" for w in warnings),
+        *(f"Warning: {w}.\n" for w in warnings_of(results)),
         "| file | what it is |\n| --- | --- |\n"
         "| config.json | every option, and the versions it ran on |\n"
         "| metrics.jsonl, tensorboard/ | every step's loss, KL, agreement, speed |\n"
@@ -81,10 +87,6 @@ def report_run(run: RunDirectory, results: Results, console: Console, title: str
         "model.gguf`.\n",
     ]
     (run.path / "README.md").write_text("\n".join(lines))
-    run.close()
-    console.print(result_table(results))
-    for warning in warnings:
-        console.print(f"[yellow]warning: {warning}")
 
 
 def finished_student(run: Path) -> Path:

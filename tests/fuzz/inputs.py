@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.fuzz.bombs import BOMBS, place
 from tests.fuzz.mutate import KINDS, pick
-from tests.fuzz.readers import READERS, targets
+from tests.fuzz.readers import READERS
 
 
 class Inputs:
@@ -44,7 +44,7 @@ class Inputs:
         """A damaged set, and which of its files it is."""
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode()), number])
         work = self.copy(int(rng.integers(len(self.valid))))
-        files = targets(self.reader, work)
+        files = self.reader.targets(work)
         names = []
         count = min(len(files), int(pick(rng, [1, 1, 1, 1, 2])))
         for at in rng.choice(len(files), count, replace=False):
