@@ -42,6 +42,8 @@ def jobs(model: str, text: str, cache: str, rows: str) -> dict[str, list[str]]:
         *("--data", text, "--steps", str(STEPS), "--batch-size", "16", "--seq-len", "64"),
         *("--eval-tokens", "4096", "--signal-every", "-1", "--lr", "1e-3"),
     ]
+    condense = ["condense", "--data", rows, "--per-class", "2", "--architecture", "mlp"]
+    condense += ["--steps", str(STEPS)]
     short = ["--student-init", "cut:layers=3"]
     return {
         "KD-QAT, ov-freeze": ["quantize", "--model", model, *common],
@@ -53,10 +55,8 @@ def jobs(model: str, text: str, cache: str, rows: str) -> dict[str, list[str]]:
             *("distill", "--teacher", model, *short, *common),
             *("--on-policy", "1", "--prompt-length", "16"),
         ],
-        "DD, meta-gradient": [
-            *("condense", "--data", rows, "--per-class", "2", "--architecture", "mlp"),
-            *("--inner-optimizer", "adam", "--inner-rate", "0.01", "--steps", str(STEPS)),
-        ],
+        "DD, Adam inside": [*condense, "--inner-optimizer", "adam", "--inner-rate", "0.01"],
+        "DD, SGD inside": [*condense, "--inner-optimizer", "sgd", "--inner-rate", "0.01"],
     }
 
 
