@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*")
     parser.add_argument("--full", action="store_true", help="SmolLM2-135M's shapes, not tiny ones")
+    parser.add_argument("--only", nargs="*", help="variants; all by default, each holds its model")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="one JSON object a case, no files")
     given = parser.parse_args()
@@ -31,7 +32,7 @@ def main() -> None:
     where = RESULTS / f"speed-{'full' if given.full else 'quick'}.json"
     kept = json.loads(where.read_text()) if where.is_file() else {}
     for name in given.cases or known:
-        result = measure(known[name], given.rounds)
+        result = measure(known[name].of(given.only), given.rounds)
         if given.json:
             print(json.dumps(result), flush=True)
             continue

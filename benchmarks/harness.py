@@ -1,9 +1,9 @@
 """Time ours beside its peers: fresh processes, one step of each in turn, medians and ratios.
 
 A variant is a function ``f(**settings) -> (go, facts)`` that builds one way to do the work: ``go``
-does it once and returns when it is done; ``facts`` are what is known of it beforehand (``flops`` of
-a round, by count of the shapes; ``temporaries_mib``). Each variant has a process of its own; the
-parent lets one after the other do a round, so that what else the machine does falls on all alike.
+does it once and returns when it is done; ``facts`` are what it knows of itself
+(``temporaries_mib``). Each variant has a process of its own; the parent lets one after the other do
+a round, so that what else the machine does falls on all alike.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Case:
         settings: what every variant is called with.
         own: settings of single variants, by their name.
         tokens: of one round, for tokens a second; 0 where there is none.
+        flops: of one round of a variant, by its name, counted by the shapes.
     """
 
     name: str
@@ -44,6 +45,17 @@ class Case:
     settings: Mapping[str, Any]
     own: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     tokens: int = 0
+    flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def of(self, names: Collection[str] | None) -> Case:
+        """Return the case with these variants alone; None for all."""
+        if names is None:
+            return self
+        ours, peers = (
+            {name: where for name, where in group.items() if name in names}
+            for group in (self.ours, self.peers)
+        )
+        return dataclasses.replace(self, ours=ours, peers=peers)
 
 
 class Variant:
@@ -144,8 +156,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         }
         if case.tokens:
             found[v.name]["tokens_per_second"] = case.tokens / median
-        if "flops" in v.facts:
-            found[v.name]["mfu"] = v.facts["flops"] / median / roofline
+        if v.name in case.flops:
+            found[v.name]["mfu"] = case.flops[v.name] / median / roofline
     best = min((f["ms"] for f in found.values() if f["peer"]), default=None)
     least = min((f["peak_mib"] for f in found.values() if f["peer"]), default=None)
     for f in found.values():

@@ -19,6 +19,7 @@ Axis letters, in shape suffixes and annotations:
 """
 
 from jaxdistill import _quiet as _quiet
+from jaxdistill._memory import keep_pages
 from jaxdistill.dd.condense import init_condense, make_condense_step
 from jaxdistill.dd.inner import inner_adam, inner_sgd
 from jaxdistill.dd.language import objective_loss
@@ -78,6 +79,7 @@ __all__ = [
     "inner_adam",
     "inner_sgd",
     "kd_objective",
+    "keep_pages",
     "load_model",
     "make_apply",
     "make_condense_step",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.training.shapes import CONFIGS, flops
+from benchmarks.smollm2 import SMOLLM2
+from benchmarks.training.shapes import SHAPES
+from jaxdistill._memory import keep_pages
 from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.step import adamw, init_state, make_step
@@ -34,7 +37,7 @@ def step(
     """Build a step.
 
     Args:
-        shape: of the model, a key of ``CONFIGS``; its weights are random.
+        shape: of the model, a key of ``SHAPES``; its weights are random.
         work: ``ce``, ``kd`` (a teacher of the same shape, forward KL) or ``kd_qat`` (4 bits too).
         rows: of the batch.
         seq_len: tokens of a row.
@@ -45,7 +48,8 @@ def step(
         remat: see ``make_apply``.
         unroll: see ``make_apply``.
     """
-    config = CONFIGS[shape]
+    config = dataclasses.replace(SMOLLM2, **SHAPES[shape])
+    keep_pages()
     params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
     policy = default_policy(
         QuantSpec(bits=4, group_size=group, ranges="absmax"), tied=config.tie_embeddings
@@ -70,5 +74,4 @@ def step(
         state, metrics = compiled(state, guide, batch)
         jax.block_until_ready((state, metrics))
 
-    facts = {"flops": flops(shape, work, rows, seq_len, freeze=freeze)}
-    return go, facts | {"temporaries_mib": held.temp_size_in_bytes / 2**20}
+    return go, {"temporaries_mib": held.temp_size_in_bytes / 2**20}

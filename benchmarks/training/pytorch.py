@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ import transformers
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils import parametrize
 
-from benchmarks.training.shapes import CONFIGS, flops
+from benchmarks.training.shapes import SHAPES
+
+MEMORY = Path(__file__).parents[2] / "jaxdistill" / "_memory.py"
 
 
 class FakeQuant(torch.nn.Module):
@@ -42,21 +46,27 @@ def step(
     dtype: str = "float32",
     group: int | None = None,
     compiled: bool = False,
+    keep: bool = False,
 ) -> tuple[Callable[[], None], dict[str, Any]]:
-    """Build a step; see ``ours.step``. The table stays in float here, which is less work."""
-    c = CONFIGS[shape]
+    """Build a step; see ``ours.step``. The table stays in float here, which is less work.
+
+    With ``keep`` PyTorch has the allocator's settings that ours has.
+    """
+    if keep:
+        runpy.run_path(str(MEMORY))["keep_pages"]()
+    c = SHAPES[shape]
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        tie_word_embeddings=c.tie_embeddings,
+        vocab_size=c["vocab_size"],
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["intermediate_size"],
+        num_hidden_layers=c["num_layers"],
+        num_attention_heads=c["num_heads"],
+        num_key_value_heads=c["num_kv_heads"],
+        head_dim=c["head_dim"],
+        tie_word_embeddings=True,
         use_cache=False,
     )
     student = transformers.LlamaForCausalLM(config).to(device)
@@ -71,7 +81,7 @@ def step(
                 fake = FakeQuant(layer.weight, group)
                 parametrize.register_parametrization(layer, "weight", fake, unsafe=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
-    tokens = torch.randint(0, c.vocab_size, (rows, seq_len), device=device)
+    tokens = torch.randint(0, c["vocab_size"], (rows, seq_len), device=device)
     cast = (
         torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
     )
@@ -96,4 +106,4 @@ def step(
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return go, {"flops": flops(shape, work, rows, seq_len)}
+    return go, {}

@@ -1,39 +1,33 @@
-"""The models whose steps are timed."""
+"""The models whose steps are timed: plain numbers, for a peer's process imports nothing of ours."""
 
 from __future__ import annotations
 
-import dataclasses
-
-from benchmarks.smollm2 import SMOLLM2
-from jaxdistill.evals.cost import training_flops
-from jaxdistill.kd.freeze import OV_PATTERN
-
-CONFIGS = {
-    "smollm2": SMOLLM2,
-    "tiny": dataclasses.replace(
-        SMOLLM2,
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=688,
-        num_layers=6,
-        num_heads=4,
-        num_kv_heads=2,
-    ),
-    "1b": dataclasses.replace(
-        SMOLLM2,
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-    ),
+SHAPES: dict[str, dict[str, int]] = {
+    "smollm2": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_layers": 30,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "head_dim": 64,
+    },
+    "tiny": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_layers": 6,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+    },
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_layers": 16,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 64,
+    },
 }
-
-
-def flops(shape: str, work: str, rows: int, seq_len: int, *, freeze: bool = False) -> float:
-    """Return a step's model FLOPs, less the gradients of frozen kernels, which are not made."""
-    config = CONFIGS[shape]
-    teacher = None if work == "ce" else config
-    frozen = OV_PATTERN if freeze else None
-    return rows * seq_len * training_flops(config, seq_len, teacher=teacher, frozen=frozen)["model"]

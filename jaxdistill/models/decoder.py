@@ -189,7 +189,7 @@ def make_apply(
         dtype: type of activations and products' operands (float32 or bfloat16); sums, norms and
             softmax stay float32, and so do the parameters.
         remat: recompute each layer in the backward pass instead of storing its activations.
-        unroll: layers per scan iteration; ``config.num_layers`` gives straight-line code.
+        unroll: layers per scan iteration; 0 for all of them, straight-line code.
 
     Returns:
         ``apply(params, tokens, positions=None, segment_ids=None, cache=None, tap_inputs=None)``,
@@ -227,7 +227,7 @@ def make_apply(
         x_ND = constrain(x_ND, ROWS)
         scanned = jax.checkpoint(body) if remat else body
         layers = (params["layers"], past_kv, tap_inputs)
-        x_ND, (new_kv, statistics) = lax.scan(scanned, x_ND, layers, unroll=unroll)
+        x_ND, (new_kv, statistics) = lax.scan(scanned, x_ND, layers, unroll=unroll or True)
         norm = RMSNorm(config.rms_norm_eps)
         x_ND = cast(Array, norm.apply({"params": rest["norm"]}, x_ND))
         hidden = x_ND.reshape(*shape, -1)

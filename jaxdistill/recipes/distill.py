@@ -279,8 +279,8 @@ def objective_of(
     """Return the training objective that the options name, of the teachers that are live."""
     tap = tap_of(loss)
     dtype = jnp.dtype(o.dtype)
-    learner = student.apply(dtype=dtype, remat=o.remat, tap=tap)
-    guides = [t.apply_fn(dtype=dtype, tap=tap) for t in teachers]
+    learner = student.apply(dtype=dtype, remat=o.remat, unroll=o.unroll, tap=tap)
+    guides = [t.apply_fn(dtype=dtype, unroll=o.unroll, tap=tap) for t in teachers]
     if loss.of_kind("cross_tokenizer"):
         return cross_tokenizer_objective(learner, guides[0], loss, chunk=o.chunk)
     teacher = guides[0] if len(guides) == 1 else guides or None

@@ -31,6 +31,7 @@ _LEAST = {
     "batch_size": 1,
     "seq_len": 2,
     "accumulate": 1,
+    "unroll": 0,
     "chunk": 1,
     "top_k": 0,
     "keep": 1,
@@ -116,6 +117,9 @@ class Training(Parallel):
     """Type of activations and products; masters are float32 always."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, more time."""
+    unroll: int = 1
+    """Layers that the compiled step has in a row instead of a loop; 0 for all. On a CPU all are a
+    few percent faster, and take longer to compile."""
     chunk: int = 256
     """Tokens whose vocabulary logits exist at once."""
     seed: int = 0
