@@ -29,15 +29,19 @@ def main() -> None:
     known = cases(not given.full)
     if unknown := [name for name in given.cases if name not in known]:
         parser.error(f"no case {unknown[0]!r}; accepted: {', '.join(known)}")
+    chosen = [known[name] for name in given.cases or known]
+    variants = {name for case in chosen for name in (*case.ours, *case.peers)}
+    if unknown := [name for name in given.only or () if name not in variants]:
+        parser.error(f"no variant {unknown[0]!r}; accepted: {'; '.join(sorted(variants))}")
     where = RESULTS / f"speed-{'full' if given.full else 'quick'}.json"
     kept = json.loads(where.read_text()) if where.is_file() else {}
-    for name in given.cases or known:
-        result = measure(known[name].of(given.only), given.rounds)
+    for case in chosen:
+        result = measure(case.of(given.only), given.rounds)
         if given.json:
             print(json.dumps(result), flush=True)
             continue
         print(table(result), flush=True)
-        kept[name] = result
+        kept[case.name] = result
         where.write_text(json.dumps(kept, indent=1) + "\n")
         head = f"# Steps beside PyTorch's\n\n{result['device']}, jax {version('jax')}. Medians of "
         head += "interleaved rounds, each variant in a process of its own.\n\n"
