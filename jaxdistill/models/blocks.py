@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.product import product
 from jaxdistill.models.rope import apply_rope
 
 
@@ -21,10 +22,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N I"]) -> Float[Array, "N O"]:
         """Return ``x @ kernel (+ bias)``."""
-        kernel = self.param(
-            "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), jnp.float32
-        )
-        y = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        shape = (x.shape[-1], self.features)
+        if self.has_variable("params", "kernel"):  # float, or as ``quant.held`` holds it
+            kernel = self.get_variable("params", "kernel")
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(0.02), shape, jnp.float32)
+        y = product(x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)

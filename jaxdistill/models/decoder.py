@@ -20,7 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdistill.mesh import DATA, ROWS, VOCABULARY, constrain
 from jaxdistill.models.blocks import Block, Linear, RMSNorm, attention_mask
 from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.product import product
 from jaxdistill.models.rope import rope_frequencies
+from jaxdistill.quant.held import Held, held_rows
 
 Params = dict[str, Any]
 Transform = Callable[[Params], Params]
@@ -35,16 +37,18 @@ Seen = dict[str, tuple[Array, ...]]
 class Output(NamedTuple):
     """Hold final hidden states and the head that makes logits of them: ``hidden @ head.T``.
 
-    With a ``softcap`` logits are ``softcap * tanh(z / softcap)``.
+    With a ``softcap`` logits are ``softcap * tanh(z / softcap)``. A head that is ``Held`` makes
+    logits, and is no part of a loss.
     """
 
     hidden: Float[Array, "B T D"]
-    head: Float[Array, "V D"]
+    head: Any
     softcap: Any = None
 
     def logits(self) -> Float[Array, "B T V"]:
         """Return the whole float32 logits; the chunked losses never do."""
-        z = jnp.einsum("btd,vd->btv", self.hidden, self.head, preferred_element_type=jnp.float32)
+        B, T, D = self.hidden.shape
+        z = product(self.hidden.reshape(B * T, D), self.head, turned=True).reshape(B, T, -1)
         return z if self.softcap is None else self.softcap * jnp.tanh(z / self.softcap)
 
 
@@ -67,13 +71,23 @@ class ApplyFn(Protocol):
 
 
 class KVCache(NamedTuple):
-    """Hold the keys and values of past tokens; a slot of segment 0 is empty."""
+    """Hold the keys and values of past tokens; a slot of segment 0 is empty.
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    Keys and values are stacked ``[L, B, S, K, H]``, or tuples of ``[B, S, K, H]`` beside params
+    whose layers are a tuple.
+    """
+
+    k: Any
+    v: Any
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
+
+    def unstack(self) -> KVCache:
+        """Return the cache with tuples."""
+        if isinstance(self.k, tuple):
+            return self
+        return self._replace(k=_in_turn(self.k), v=_in_turn(self.v))
 
 
 def init_cache(
@@ -193,6 +207,7 @@ def make_apply(
 
     Returns:
         ``apply(params, tokens, positions=None, segment_ids=None, cache=None, tap_inputs=None)``,
+        params with stacked layers or a tuple of them (``unstack``),
         tokens being ids ``[B, T]`` or, as floats, input embeddings ``[B, T, D]``. It returns
         ``Output``, or ``(Output, KVCache)`` where a cache is given.
     """
@@ -227,12 +242,14 @@ def make_apply(
         x_ND = constrain(x_ND, ROWS)
         scanned = jax.checkpoint(body) if remat else body
         layers = (params["layers"], past_kv, tap_inputs)
-        x_ND, (new_kv, statistics) = lax.scan(scanned, x_ND, layers, unroll=unroll or True)
+        x_ND, (new_kv, statistics) = _through(scanned, x_ND, layers, unroll)
         norm = RMSNorm(config.rms_norm_eps)
         x_ND = cast(Array, norm.apply({"params": rest["norm"]}, x_ND))
         hidden = x_ND.reshape(*shape, -1)
-        head = table if config.tie_embeddings else rest["lm_head"]["kernel"].T
-        output = Output(hidden, head.astype(dtype))
+        head = table if config.tie_embeddings else rest["lm_head"]["kernel"]
+        if not isinstance(head, Held):
+            head = (head if config.tie_embeddings else head.T).astype(dtype)
+        output = Output(hidden, head)
         if tap:
             return output, statistics
         return output if cache is None else (output, cache._replace(k=new_kv[0], v=new_kv[1]))
@@ -240,8 +257,45 @@ def make_apply(
     return apply
 
 
+def _through(
+    body: Callable[..., Any], x_ND: Array, layers: tuple[Any, Any, Any], unroll: int
+) -> tuple[Array, Any]:
+    """Run the layers in turn: stacked ones in a loop, a tuple of them one after the other."""
+    weights, past_kv, extra = layers
+    if not isinstance(weights, tuple):
+        return lax.scan(body, x_ND, layers, unroll=unroll or True)
+    kvs, taken = [], []
+    for i, layer in enumerate(weights):
+        kv = None if past_kv is None else (past_kv[0][i], past_kv[1][i])
+        own = jax.tree.map(lambda x: x[i], extra)  # noqa: B023
+        x_ND, (kv, statistics) = body(x_ND, (layer, kv, own))
+        kvs.append(kv)
+        taken.append(statistics)
+    new_kv = None if past_kv is None else tuple(zip(*kvs, strict=True))
+    return x_ND, (new_kv, jax.tree.map(lambda *x: jnp.stack(x), *taken))
+
+
+def unstack(params: Params) -> Params:
+    """Return params whose ``layers`` are a tuple, one tree each, in place of stacked arrays.
+
+    A loop over stacked layers copies each layer's weights before it multiplies by them. That is
+    nothing beside a product of many rows, and doubles the time of one row's.
+    """
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
+    return params | {"layers": _in_turn(layers)}
+
+
+def _in_turn(stacked: Any) -> tuple[Any, ...]:
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    return tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(depth))  # noqa: B023
+
+
 def _embed(table_VD: Any, ids_N: Any) -> Array:
     """Look ids up; on a mesh each device looks up its own columns, so no table is gathered."""
+    if isinstance(table_VD, Held):
+        return held_rows(table_VD, ids_N)
     table_VD = constrain(constrain(table_VD, VOCABULARY), None, VOCABULARY)
     x_ND = jnp.take(jnp.asarray(table_VD), constrain(ids_N, DATA), axis=0)
     return constrain(x_ND, DATA, VOCABULARY)

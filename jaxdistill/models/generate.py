@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import fetch
 from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.decoder import Output, Params, init_cache
+from jaxdistill.models.decoder import Output, Params, init_cache, unstack
 
 _BUCKET = 32  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -109,7 +109,8 @@ def sample(
     Args:
         apply: what ``make_apply`` builds.
         config: gives the cache's shape.
-        params: its params; every token reads all of them, so transform them once beforehand.
+        params: its params; every token reads all of them, so transform them once beforehand. Of
+            stacked layers a copy is made, one by one (``decoder.unstack``).
         tokens_BT: prompts, their last tokens in the last column; a row of padding alone is filled
             with anything, and not waited for.
         valid_BT: 1 for a prompt's tokens, 0 for padding.
@@ -139,7 +140,7 @@ def sample(
 
     def one(carry):
         i, token_B, made, cache, rng = carry
-        out, cache = apply(params, token_B[:, None], positions[:, -1:] + i, None, cache)
+        out, cache = apply(layered, token_B[:, None], positions[:, -1:] + i, None, cache)
         rng, token_B, log_prob_B = drawn(out, rng)
         made = Samples(
             tokens=put(made.tokens, token_B, i),
@@ -150,7 +151,10 @@ def sample(
         return i + 1, token_B, made, cache, rng
 
     cache = init_cache(config, B, T + how.max_new_tokens, dtype)
+    layered = unstack(params)
+    cache = cache.unstack() if layered is params else cache
     out, cache = apply(params, tokens_BT, positions, valid_BT, cache)
+    cache = cache.unstack()
     rng, token_B, log_prob_B = drawn(out, rng)
     empty = jnp.zeros((B, how.max_new_tokens))
     first = Samples(
@@ -162,7 +166,7 @@ def sample(
     return jax.lax.while_loop(more, one, (jnp.int32(1), token_B, first, cache, rng))[2]
 
 
-_sample = jax.jit(sample, static_argnames=("apply", "config", "how", "stop"))
+_sample = jax.jit(sample, static_argnames=("apply", "config", "how", "stop", "dtype"))
 
 
 def generate(
@@ -174,6 +178,7 @@ def generate(
     how: Sampling | None = None,
     stop: Sequence[int] | None = None,
     seed: int = 0,
+    dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]]:
     """Continue each prompt; return the new token ids, without the stop token.
 
@@ -185,6 +190,7 @@ def generate(
         how: greedy by default.
         stop: ids that end a text.
         seed: of the sampling.
+        dtype: of keys and values in the cache; that of ``apply``'s activations.
     """
     how = how or Sampling()
     if not prompts or not all(len(p) for p in prompts):
@@ -209,6 +215,7 @@ def generate(
         jax.random.key(seed),
         how=how,
         stop=tuple(config.eos_token_ids if stop is None else stop),
+        dtype=dtype,
     )
     lengths = fetch(samples.lengths) - fetch(samples.stopped)
     return [row[:n].tolist() for row, n in zip(fetch(samples.tokens), lengths, strict=True)]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxdistill.errors import UserError
 from jaxdistill.quant.activations import ActivationSpec, fake_quant_activation
 from jaxdistill.quant.fake_quant import fake_quant
+from jaxdistill.quant.held import hold
 from jaxdistill.quant.lattice import Grid, QuantSpec, dequantize, fixed_grid, quantize
 from jaxdistill.quant.ranges import choose_grid
 
@@ -197,6 +198,18 @@ def dequantize_params(params: Params) -> Params:
         return {stem: dequantize(node[f"{stem}_q"], grid, AXES[stem])}
 
     return _map_weights(params, load)
+
+
+def hold_params(params: Params, *, packed: bool) -> Params:
+    """Return the stored form as products read it: each weight one ``Held``; see ``quant.held``."""
+
+    def keep(path: str, stem: str, node: Params) -> Params:
+        if f"{stem}_q" not in node:
+            return {stem: node[stem]}
+        grid = grid_of(node, stem).values()
+        return {stem: hold(node[f"{stem}_q"], *grid, axis=AXES[stem], packed=packed)}
+
+    return _map_weights(params, keep)
 
 
 def snap(params: Params, policy: Policy, pattern: str) -> Params:

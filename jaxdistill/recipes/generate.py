@@ -13,12 +13,17 @@ from rich.console import Console
 
 from jaxdistill.models import generate as decoding
 from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.decoder import Params, make_apply
+from jaxdistill.models.decoder import Params, make_apply, unstack
 from jaxdistill.models.hub import Model, load_model
-from jaxdistill.quant.policy import ActivationRules, dequantize_params, fake_quant_activations
+from jaxdistill.quant.policy import (
+    ActivationRules,
+    dequantize_params,
+    fake_quant_activations,
+    hold_params,
+)
 from jaxdistill.recipes.parallel import Parallel, parallel
 
-Weights = Literal["packed", "int8", "float"]
+Weights = Literal["packed", "int8", "bfloat16", "float"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,28 +47,35 @@ class Generate(Parallel):
     seed: int = 0
     """Of the sampling."""
     weights: Weights = "packed"
-    """How a quantized model is held: packed (4 bits, unpacked layer by layer for each token, least
-    memory), int8 (faster on a CPU), or float (fastest there, most memory)."""
+    """How the weights are held: those of a quantized model packed (half a byte each, unpacked as
+    they are read) or int8; any model's as float, or as bfloat16, which rounds them."""
 
 
 @functools.lru_cache(maxsize=8)
-def _apply_of(config: ModelConfig, activations: ActivationRules) -> Callable[..., Any]:
+def _apply_of(
+    config: ModelConfig, activations: ActivationRules, weights: Weights
+) -> Callable[..., Any]:
     """Return one function for models of one shape: generation is compiled once for all of them."""
     return make_apply(
-        config, transform=dequantize_params, activation=fake_quant_activations(activations)
+        config, activation=fake_quant_activations(activations), dtype=_computed(weights)
     )
 
 
+def _computed(weights: Weights) -> Any:
+    return jnp.bfloat16 if weights == "bfloat16" else jnp.float32
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def held(params: Params, weights: Weights) -> Params:
     """Return the params in the form that they are held in while text is generated."""
     match weights:
-        case "packed":
-            return params
-        case "int8":
-            wide = {"int4": jnp.int8, "uint4": jnp.uint8}
-            return jax.tree.map(lambda x: x.astype(wide.get(x.dtype.name, x.dtype)), params)
+        case "packed" | "int8":
+            params = hold_params(params, packed=weights == "packed")
         case "float":
-            return jax.jit(dequantize_params)(params)
+            params = dequantize_params(params)
+        case "bfloat16":
+            params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), dequantize_params(params))
+    return unstack(params)
 
 
 def answer(
@@ -84,10 +96,17 @@ def answer(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
         ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
-    apply = _apply_of(model.config, model.activations)
+    apply = _apply_of(model.config, model.activations, weights)
     params = held(model.params, weights)
     new = decoding.generate(
-        apply, params, model.config, [ids], how=how, stop=model.stop_ids, seed=seed
+        apply,
+        params,
+        model.config,
+        [ids],
+        how=how,
+        stop=model.stop_ids,
+        seed=seed,
+        dtype=_computed(weights),
     )
     return str(tokenizer.decode(new[0], skip_special_tokens=True))
 

@@ -163,7 +163,7 @@ def test_no_gradient_passes_through_the_sampling():
 
     through = jax.jit(jax.grad(lambda params: loss(params, rollout(params, BATCH, 0))))(STUDENT)
     fixed = jax.jit(jax.grad(loss))(STUDENT, rollout(STUDENT, BATCH, 0))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), through, fixed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), through, fixed)
     assert optax.tree.norm(fixed) > 1
     moved = jax.tree.map(lambda x: 1.1 * x, STUDENT)
     values = [rollout(p, BATCH, 0)["behaviour_log_probs"] for p in (STUDENT, moved)]

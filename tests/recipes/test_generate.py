@@ -17,7 +17,6 @@ from jaxdistill.quant.policy import (
     dequantize_params,
     fake_quant_params,
     quantize_params,
-    walk,
 )
 from jaxdistill.recipes.generate import _apply_of, held
 from tests import tiny
@@ -40,8 +39,8 @@ def test_packed_integers_give_the_text_of_the_fake_quantized_masters(student):
     floats = generate(make_apply(C), masters, C, PROMPTS, how=HOW)
     stored = quantize_params(masters, policy)
 
-    apply = _apply_of(C, ())
     for weights in ("packed", "int8", "float"):
+        apply = _apply_of(C, (), weights)
         got = generate(apply, held(stored, weights), C, PROMPTS, how=HOW)
         assert got == want, weights
     assert want != floats  # four bits are seen in the text
@@ -49,31 +48,41 @@ def test_packed_integers_give_the_text_of_the_fake_quantized_masters(student):
 
 def test_the_float_weights_of_one_layer_exist_at_a_time(student):
     """What the compiled program holds besides its arguments, as the number of layers grows."""
-    policy, masters = student
-    stored = quantize_params(masters, policy)
-    leaves = dict(walk(held(stored, "packed")))
-    name = "layers/mlp/up_proj/kernel_q"
-    assert leaves[name].dtype in (jnp.int4, jnp.uint4)
-    assert dict(walk(held(stored, "int8")))[name].dtype in (jnp.int8, jnp.uint8)
-    assert name not in dict(walk(held(stored, "float")))
+    policy, _ = student
     wide = tiny.params(tiny.config(intermediate_size=512))
     two = quantize_params(add_scales(wide, policy), policy)
     sizes = {}
-    for weights in ("packed", "int8"):
+    for bits in (4, 8):
         for depth in (2, 10):
             c = tiny.config(num_layers=depth, intermediate_size=512)
+            kinds = {"int4": jnp.int8, "uint4": jnp.uint8} if bits == 8 else {}
             grown = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct((depth, *x.shape[1:]), x.dtype),  # noqa: B023
-                held(two, weights)["layers"],
+                lambda x: jax.ShapeDtypeStruct(  # one layer's, so many times
+                    (depth, *x.shape[1:]),  # noqa: B023
+                    kinds.get(x.dtype.name, x.dtype),  # noqa: B023
+                ),
+                two["layers"],
             )
-            rest = {k: v for k, v in stored.items() if k != "layers"}
+            rest = {k: v for k, v in two.items() if k != "layers"}
             apply = jax.jit(make_apply(c, transform=dequantize_params))
             compiled = apply.lower(rest | {"layers": grown}, jnp.zeros((1, 4), jnp.int32)).compile()
-            sizes[weights, depth] = compiled.memory_analysis().temp_size_in_bytes
+            sizes[bits, depth] = compiled.memory_analysis().temp_size_in_bytes
     a_layer = 3 * 64 * 512 + 2 * 64 * 64 + 2 * 64 * 32  # weights
     # XLA for CPUs widens 4-bit integers to 8 bits before the loop; no float copy is ever whole.
-    assert (sizes["packed", 10] - sizes["packed", 2]) / 8 < 1.1 * a_layer
-    assert (sizes["int8", 10] - sizes["int8", 2]) / 8 < 0.1 * a_layer
+    assert (sizes[4, 10] - sizes[4, 2]) / 8 < 1.1 * a_layer
+    assert (sizes[8, 10] - sizes[8, 2]) / 8 < 0.1 * a_layer
+
+
+def test_a_held_model_has_the_bytes_of_its_form(student):
+    policy, masters = student
+    stored = quantize_params(masters, policy)
+
+    def kernel(weights):
+        return held(stored, weights)["layers"][1]["mlp"]["up_proj"]["kernel"]
+
+    size = kernel("float").size
+    assert kernel("float").nbytes == 4 * size and kernel("bfloat16").nbytes == 2 * size
+    assert kernel("int8").q.nbytes == size and kernel("packed").q.nbytes == size // 2
 
 
 def test_the_verb_answers_the_same_from_every_form(student, tmp_path, capsys):
@@ -81,11 +90,11 @@ def test_the_verb_answers_the_same_from_every_form(student, tmp_path, capsys):
     tokenizer = tiny.byte_tokenizer()
     save_quantized(tmp_path / "m", C, quantize_params(masters, policy), tokenizer, policy)
     answers = []
-    for weights in ("packed", "int8", "float"):
+    for weights in ("packed", "int8", "float", "bfloat16"):
         arguments = ["--prompt", "hello", "--max-new-tokens", "8", "--weights", weights]
         main(["generate", "--model", str(tmp_path / "m"), *arguments])
         answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1] == answers[2] and answers[0].strip()
+    assert answers[0] == answers[1] == answers[2] and answers[0].strip() and answers[3].strip()
     logits = load_model(tmp_path / "m").apply_fn()(
         load_model(tmp_path / "m").params, jnp.asarray([PROMPTS[0]])
     )

@@ -1,0 +1,93 @@
+"""Weights as products read them: the values are the stored ones', few rows or many."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.quant.held import held_product, held_rows, held_values, hold
+from jaxdistill.quant.lattice import QuantSpec, dequantize, quantize
+from jaxdistill.quant.ranges import choose_grid
+
+SPECS = {
+    f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}, {group or 'channel'}": QuantSpec(
+        bits=bits, symmetric=symmetric, group_size=group, ranges="absmax"
+    )
+    for bits in (2, 4, 8)
+    for symmetric in (True, False)
+    for group in (None, 32)
+}
+
+
+def stored(spec, axis, shape=(96, 40)):
+    w = jax.random.normal(jax.random.key(0), shape) + 0.3
+    grid = choose_grid(w, spec, axis)
+    return quantize(w, grid, spec, axis), grid
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_rows_and_products_are_those_of_the_stored_weight(name, packed):
+    spec = SPECS[name]
+    q, grid = stored(spec, -2)
+    kernel = np.asarray(dequantize(q, grid, -2), np.float64)
+    w = hold(q, *grid, axis=-2, packed=packed)
+    assert w.q.nbytes == kernel.size // (2 if packed and spec.bits <= 4 else 1)
+    np.testing.assert_array_equal(held_values(w), kernel.T)
+
+    ids = jnp.asarray([3, 0, 3, 39, 20, 19])
+    np.testing.assert_array_equal(held_rows(w, ids), kernel.T[np.asarray(ids)])
+    for rows in (1, 2, 5):
+        x = 1e3 * jax.random.normal(jax.random.key(rows), (rows, 96)) ** 3
+        want = np.asarray(x, np.float64) @ kernel
+        got = jax.jit(held_product)(x, w)
+        size = np.abs(np.asarray(x)).max(1, keepdims=True) * np.abs(kernel).sum(0)
+        np.testing.assert_array_less(np.abs(got - want), 2e-7 * size)
+
+
+def test_an_odd_number_of_outputs_is_not_packed():
+    q, grid = stored(QuantSpec(ranges="absmax"), -2, (96, 7))
+    w = hold(q, *grid, axis=-2, packed=True)
+    assert w.q.dtype == jnp.int8
+    np.testing.assert_array_equal(held_values(w), np.asarray(dequantize(q, grid, -2)).T)
+
+
+def test_a_row_of_zeros_gives_zeros_and_one_of_tiny_numbers_its_product():
+    q, grid = stored(QuantSpec(ranges="absmax"), -2)
+    w, kernel = hold(q, *grid, axis=-2, packed=False), dequantize(q, grid, -2)
+    x = jnp.stack([jnp.zeros(96), 1e-30 * jnp.arange(96.0)])
+    got = held_product(x, w)
+    np.testing.assert_array_equal(got[0], 0)
+    np.testing.assert_allclose(got[1], x[1] @ kernel, rtol=1e-4, atol=1e-34)
+
+
+def test_other_devices_multiply_by_floats():
+    """On GPUs and TPUs XLA unpacks integers inside a product; lowered for one, none is split."""
+    q, grid = stored(QuantSpec(ranges="absmax"), -2)
+    w, x = hold(q, *grid, axis=-2, packed=False), jnp.ones((1, 96))
+    lowered = {
+        platform: jax.jit(held_product).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert "tensor<3x96xi8>" in lowered["cpu"]
+    for platform in ("cuda", "tpu"):
+        assert "tensor<3x96xi8>" not in lowered[platform]
+        assert "tensor<1x96xf32>, tensor<40x96xf32>" in lowered[platform]
+
+
+def test_a_table_is_held_as_it_is():
+    spec = QuantSpec(bits=8, group_size=32, ranges="absmax")
+    q, grid = stored(spec, -1, (10, 64))
+    w = hold(q, *grid, axis=-1, packed=True)
+    np.testing.assert_array_equal(held_values(w), dequantize(q, grid, -1))
+
+
+def test_no_float_copy_of_the_weight_is_made_for_one_row():
+    spec = QuantSpec(ranges="absmax")
+    q, grid = stored(spec, -2, (512, 512))
+    temporaries = {}
+    for rows in (1, 8):
+        x = jnp.ones((rows, 512))
+        compiled = jax.jit(held_product).lower(x, hold(q, *grid, axis=-2, packed=False)).compile()
+        temporaries[rows] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries[1] < 512 * 512 / 4 < 4 * 512 * 512 <= temporaries[8]
