@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.product import product
+from jaxdistill.models.product import contract, product
 from jaxdistill.models.rope import apply_rope
 
 
@@ -61,12 +61,12 @@ def attend(
     G = N // K
     q = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = contract("bkmh,bksh->bkms", q, k) * H**-0.5
     scores = scores.reshape(B, K, G, T, S)
     keep = jnp.broadcast_to(mask_BTS[:, None, None], scores.shape)
     probs = jax.nn.softmax(jnp.where(keep, scores, jnp.finfo(jnp.float32).min), axis=-1)
     probs = probs.reshape(B, K, G * T, S).astype(v.dtype)
-    out = jnp.einsum("bkms,bksh->bkmh", probs, v, preferred_element_type=jnp.float32)
+    out = contract("bkms,bksh->bkmh", probs, v)
     out = out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     return out.astype(q_BTNH.dtype)
 
