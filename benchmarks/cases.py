@@ -8,9 +8,10 @@ from typing import Any
 from benchmarks.harness import Case
 from benchmarks.smollm2 import SMOLLM2
 from benchmarks.training.shapes import SHAPES
-from jaxdistill.evals.cost import training_flops
+from jaxdistill.evals.cost import forward_flops, training_flops
 from jaxdistill.kd.freeze import OV_PATTERN
 
+_GENERATION = "benchmarks.generation"
 _OURS, _TORCH = "benchmarks.training.ours:step", "benchmarks.training.pytorch:step"
 
 
@@ -29,7 +30,7 @@ def training(name: str, **settings: Any) -> Case:
         "torch eager, pages kept": {"keep": True},
         "torch.compile, pages kept": {"compiled": True, "keep": True},
     }
-    own = ours | peers
+    own, counted = ours | peers, settings["work"] != "on_policy"  # it also samples
     return Case(
         name=name,
         ours=dict.fromkeys(ours, _OURS),
@@ -37,7 +38,43 @@ def training(name: str, **settings: Any) -> Case:
         settings=settings,
         own=own,
         tokens=settings["rows"] * settings["seq_len"],
-        flops={variant: flops(**settings | chosen) for variant, chosen in own.items()},
+        flops={v: flops(**settings | chosen) for v, chosen in own.items()} if counted else {},
+    )
+
+
+def decoding(name: str, **settings: Any) -> Case:
+    """Return greedy generation by every form of the weights, beside transformers and llama.cpp."""
+    ours = {f"jaxdistill, {w}": {"weights": w} for w in ("float", "bfloat16", "int8", "packed")}
+    ours["jaxdistill, packed, groups of 32"] = {"weights": "packed", "group": 32}
+    peers = {f"transformers, {w}": {"weights": w} for w in ("float", "bfloat16")}
+    where = dict.fromkeys(peers, f"{_GENERATION}.pytorch:decode")
+    if settings["rows"] == 1:
+        peers["llama.cpp, Q4_0"] = {"weights": "packed"}
+        where["llama.cpp, Q4_0"] = f"{_GENERATION}.pytorch:llama_cpp"
+    return Case(
+        name=name,
+        ours=dict.fromkeys(ours, f"{_GENERATION}.ours:decode"),
+        peers=where,
+        settings=settings,
+        own=ours | peers,
+        tokens=settings["rows"] * settings["new"],
+    )
+
+
+def scoring(name: str, **settings: Any) -> Case:
+    """Return the evaluation of a batch beside transformers'."""
+    variants = {"jaxdistill": "ours", "transformers": "pytorch"}
+    where = {v: f"{_GENERATION}.{module}:score" for v, module in variants.items()}
+    config = dataclasses.replace(SMOLLM2, **SHAPES[settings["shape"]])
+    tokens = settings["rows"] * settings["seq_len"]
+    forward = tokens * forward_flops(config, settings["seq_len"])
+    return Case(
+        name=name,
+        ours={"jaxdistill": where["jaxdistill"]},
+        peers={"transformers": where["transformers"]},
+        settings=settings,
+        tokens=tokens,
+        flops=dict.fromkeys(variants, forward),
     )
 
 
@@ -46,7 +83,7 @@ def flops(
 ) -> float:
     """Return a step's model FLOPs, less the gradients of frozen kernels, which are not made."""
     config = dataclasses.replace(SMOLLM2, **SHAPES[shape])
-    teacher = None if work == "ce" else config
+    teacher = None if work in ("ce", "cache") else config
     frozen = OV_PATTERN if freeze else None
     return rows * seq_len * training_flops(config, seq_len, teacher=teacher, frozen=frozen)["model"]
 
@@ -64,5 +101,11 @@ def cases(quick: bool) -> dict[str, Case]:
         training("kd-bf16", work="kd", dtype="bfloat16", **size),
         training("kd-qat-channel", work="kd_qat", **size),
         training("kd-qat-group32", work="kd_qat", group=32, **size),
+        training("kd-cache", work="cache", **size),
+        training("on-policy", work="on_policy", **size),
+        scoring("evaluation", **size),
+        decoding("decode", shape=size["shape"], rows=1, prompt=32, new=64),
+        decoding("decode-8-rows", shape=size["shape"], rows=8, prompt=32, new=64),
+        decoding("prefill", shape=size["shape"], rows=1, prompt=512, new=1),
     ]
     return {case.name: case for case in made}

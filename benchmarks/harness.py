@@ -102,8 +102,8 @@ def serve(where: str, settings: str) -> None:
     try:
         go, facts = getattr(importlib.import_module(module), function)(**json.loads(settings))
         go()
-    except ImportError as missing:
-        return _say({"absent": str(missing)})
+    except Exception as failed:  # absent or out of memory: the others go on, and the table says so
+        return _say({"absent": f"{type(failed).__name__}: {failed}".splitlines()[0][:200]})
     _say(facts | {"setup_seconds": time.perf_counter() - began})
     for _ in sys.stdin:
         began = time.perf_counter()

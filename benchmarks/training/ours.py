@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.smollm2 import SMOLLM2
-from benchmarks.training.shapes import SHAPES
+from benchmarks.training.shapes import CACHED, SHAPES
 from jaxdistill._memory import keep_pages
 from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.objective import kd_objective
+from jaxdistill.kd.rollout import make_rollout
 from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.models.decoder import init_params, make_apply
+from jaxdistill.models.generate import Sampling
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import add_scales, default_policy, fake_quant_params
 
@@ -38,7 +40,9 @@ def step(
 
     Args:
         shape: of the model, a key of ``SHAPES``; its weights are random.
-        work: ``ce``, ``kd`` (a teacher of the same shape, forward KL) or ``kd_qat`` (4 bits too).
+        work: ``ce``, ``kd`` (a teacher of the same shape, forward KL), ``kd_qat`` (4 bits too),
+            ``cache`` (the teacher's likeliest tokens are given), or ``on_policy`` (the student
+            writes the second half of each row first).
         rows: of the batch.
         seq_len: tokens of a row.
         dtype: of products' operands.
@@ -58,15 +62,33 @@ def step(
     transform = fake_quant_params(policy) if quantized else None
     read = {"dtype": jnp.dtype(dtype), "remat": remat, "unroll": unroll}
     student = make_apply(config, transform=transform, **read)
-    teacher = None if work == "ce" else make_apply(config, dtype=jnp.dtype(dtype), unroll=unroll)
-    objective = kd_objective(student, teacher, chunk=chunk)
+    alone = work in ("ce", "cache")
+    teacher = None if alone else make_apply(config, dtype=jnp.dtype(dtype), unroll=unroll)
+    loss = "forward_kl" if work == "cache" else None
+    objective = kd_objective(student, teacher, loss, chunk=chunk)
     tx = adamw(1e-5, 1000)
     tx = ov_freeze(tx) if freeze else tx
     state = init_state(add_scales(params, policy) if quantized else params, tx)
-    guide = None if work == "ce" else params
+    guide = None if alone else params
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, seq_len), np.int32)
     batch = {"tokens": jnp.asarray(tokens), "loss_mask": jnp.ones(tokens.shape, bool)}
-    compiled = make_step(objective, tx).lower(state, guide, batch).compile()
+    rollout = None
+    if work == "cache":
+        log_probs = jax.nn.log_softmax(jax.random.normal(jax.random.key(1), (CACHED + 1,)))
+        shape_BTK = (*tokens.shape, CACHED)
+        ids = jax.random.randint(jax.random.key(2), shape_BTK, 0, config.vocab_size)
+        batch |= {
+            "teacher_log_probs": jnp.broadcast_to(log_probs[1:], shape_BTK),
+            "teacher_indices": ids,
+            "teacher_log_tail": jnp.broadcast_to(log_probs[0], tokens.shape),
+        }
+    if work == "on_policy":
+        half = seq_len // 2
+        batch["loss_mask"] = batch["loss_mask"].at[:, :half].set(False)
+        how = Sampling(max_new_tokens=seq_len - half, temperature=1.0)
+        asked = {"prompt_length": half, "how": how, "stop": (), "share": 1}
+        rollout = make_rollout(student, config, **asked, dtype=jnp.dtype(dtype))
+    compiled = make_step(objective, tx, rollout=rollout).lower(state, guide, batch).compile()
     held = compiled.memory_analysis()
 
     def go() -> None:

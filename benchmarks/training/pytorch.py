@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils import parametrize
 
-from benchmarks.training.shapes import SHAPES
+from benchmarks.torch_llama import device, llama
+from benchmarks.training.shapes import CACHED, SHAPES
 
 MEMORY = Path(__file__).parents[2] / "jaxdistill" / "_memory.py"
 
@@ -54,25 +53,11 @@ def step(
     """
     if keep:
         runpy.run_path(str(MEMORY))["keep_pages"]()
-    c = SHAPES[shape]
-    torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = transformers.LlamaConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_hidden_layers=c["num_layers"],
-        num_attention_heads=c["num_heads"],
-        num_key_value_heads=c["num_kv_heads"],
-        head_dim=c["head_dim"],
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    student = transformers.LlamaForCausalLM(config).to(device)
+    where, vocabulary = device(), SHAPES[shape]["vocab_size"]
+    student = llama(shape, cache=work == "on_policy")
     teacher = None
     if work != "ce":
-        teacher = transformers.LlamaForCausalLM(config).to(device).eval()
+        teacher = llama(shape).eval()
         teacher.load_state_dict(student.state_dict())
         teacher.requires_grad_(False)
     if work == "kd_qat":
@@ -81,14 +66,24 @@ def step(
                 fake = FakeQuant(layer.weight, group)
                 parametrize.register_parametrization(layer, "weight", fake, unsafe=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
-    tokens = torch.randint(0, c["vocab_size"], (rows, seq_len), device=device)
-    cast = (
-        torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-    )
+    tokens = torch.randint(0, vocabulary, (rows, seq_len), device=where)
+    cached = None
+    if work == "cache":
+        teacher = None
+        some = torch.randn(rows * (seq_len - 1), CACHED, device=where)
+        ids = torch.randint(0, vocabulary, some.shape, device=where)
+        cached = (ids, log_softmax(torch.cat([some, some[:, :1]], 1), -1))
+    cast = torch.autocast(where, torch.bfloat16)
+    cast = cast if dtype == "bfloat16" else contextlib.nullcontext()
 
-    def loss() -> torch.Tensor:
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
         with cast:
             logits = student(tokens).logits[:, :-1].flatten(0, 1)
+            if cached is not None:
+                log_q = log_softmax(logits.float(), -1).gather(1, cached[0])
+                tail = torch.log1p(-log_q.exp().sum(1, keepdim=True).clamp(max=1 - 1e-6))
+                log_q = torch.cat([log_q, tail], 1)
+                return kl_div(log_q, cached[1], log_target=True, reduction="batchmean")
             if teacher is None:
                 return cross_entropy(logits.float(), tokens[:, 1:].flatten())
             with torch.no_grad():
@@ -100,10 +95,21 @@ def step(
 
     def go() -> None:
         optimizer.zero_grad(set_to_none=True)
-        made().backward()
+        text = tokens
+        if work == "on_policy":
+            asked = tokens[:, : seq_len // 2]
+            with torch.no_grad(), cast:
+                text = student.generate(
+                    asked,
+                    attention_mask=torch.ones_like(asked),
+                    do_sample=True,
+                    top_k=0,
+                    max_new_tokens=seq_len - asked.shape[1],
+                )
+        made(text).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-        if device == "cuda":
+        if where == "cuda":
             torch.cuda.synchronize()
 
     return go, {}

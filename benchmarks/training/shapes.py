@@ -15,7 +15,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
         "vocab_size": 8192,
         "hidden_size": 256,
-        "intermediate_size": 688,
+        "intermediate_size": 704,
         "num_layers": 6,
         "num_heads": 4,
         "num_kv_heads": 2,
@@ -31,3 +31,5 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 64,
     },
 }
+
+CACHED = 64  # logits of a token that a cached teacher keeps
