@@ -71,6 +71,52 @@ def attend(
     return out.astype(q_BTNH.dtype)
 
 
+def attend_in_blocks(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "#B T S"],
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attend as ``attend``, a block of queries at a time.
+
+    Of a whole text (T = S) the blocks of a part read no keys of later parts, and none before the
+    part's window. The scores of one block exist at a time, in the backward pass too, where
+    they are made again, so that memory grows with T and not with its square.
+    """
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if T <= _QUERIES:
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    blocks = -(-T // _QUERIES)
+    part = -(-blocks // min(blocks, _PARTS)) * _QUERIES
+    out = []
+    for start in range(0, T, part):
+        rows, keys = slice(start, min(start + part, T)), slice(0, S)
+        if T == S:
+            keys = slice(0 if window is None else max(0, start - window + 1), rows.stop)
+        out.append(
+            _in_turn(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], mask_BTS[:, rows, keys])
+        )
+    return jnp.concatenate(out, axis=1)
+
+
+_QUERIES, _PARTS = 512, 4  # of one block; of a text, each with keys of its own, blocks in a loop
+
+
+def _in_turn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
+    """Attend block after block, in a loop where there is more than one."""
+    one, T = jax.checkpoint(attend), q_BTNH.shape[1]
+    if T <= _QUERIES:
+        return one(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, -T % _QUERIES)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, _QUERIES, *x.shape[2:]).swapaxes(0, 1)
+
+    out = lax.map(lambda x: one(x[0], k_BSKH, v_BSKH, x[1]), (split(q_BTNH), split(mask_BTS)))
+    return out.swapaxes(0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :T]
+
+
 class Attention(nn.Module):
     """Project, rotate, attend and project back, with an optional key/value cache."""
 
@@ -98,7 +144,7 @@ class Attention(nn.Module):
 
     def mix(self, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
         """Attend; a method, so that what queries, keys and values are can be looked at."""
-        return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        return attend_in_blocks(q_BTNH, k_BSKH, v_BSKH, mask_BTS, self.config.sliding_window)
 
 
 class MLP(nn.Module):
