@@ -112,7 +112,7 @@ AXES: dict[str, tuple[Sequence[int], Callable[[int], Costs], str]] = {
     ),
     "layers, scanned": ((2, 4, 8, 16, 32), lambda n: step(layers=n), "GFLOP"),
     "layers, unrolled": ((2, 4, 8, 16, 32), lambda n: step(layers=n, unroll=0), "GFLOP"),
-    "group size": ((16, 32, 64, 128, 256), lambda n: step(group=n), "GFLOP"),
+    "group size": ((8, 16, 32, 64), lambda n: step(group=n), "GFLOP"),
     "checkpointed layers": ((8, 16, 32, 64, 128), saved, "MiB"),
     "inner steps K": ((16, 32, 64, 128, 256, 512), unrolled_training, "inner steps"),
 }
@@ -149,6 +149,8 @@ def table(found: Mapping[str, Mapping[str, Costs]]) -> str:
 def draw(found: Mapping[str, Mapping[str, Costs]], path: Path) -> None:
     """Plot time and what it is held against, each over its value at the largest size."""
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
     for axis, (name, by_size) in zip(axes.flat, found.items(), strict=False):
         sizes = [float(size) for size in by_size]
         held = AXES[name][2]
@@ -157,7 +159,9 @@ def draw(found: Mapping[str, Mapping[str, Costs]], path: Path) -> None:
             style = "--" if cost == held else "-"
             label = f"{cost}: {exponent(sizes, list(values)):.2f}"
             axis.loglog(sizes, values / values[-1], style, marker=".", label=label)
-        axis.set(xlabel=name, ylabel="over its greatest")
+        axis.set(xlabel=name, ylabel="over that of the largest size")
+        axis.set_xticks(sizes, [f"{int(size):,}" for size in sizes], rotation=30)
+        axis.minorticks_off()
         axis.legend(title="exponents", fontsize=8)
     figure.savefig(path, dpi=110)
 
