@@ -56,7 +56,7 @@ def step(
     where, vocabulary = device(), SHAPES[shape]["vocab_size"]
     student = llama(shape, cache=work == "on_policy")
     teacher = None
-    if work != "ce":
+    if work not in ("ce", "cache"):
         teacher = llama(shape).eval()
         teacher.load_state_dict(student.state_dict())
         teacher.requires_grad_(False)
@@ -69,7 +69,6 @@ def step(
     tokens = torch.randint(0, vocabulary, (rows, seq_len), device=where)
     cached = None
     if work == "cache":
-        teacher = None
         some = torch.randn(rows * (seq_len - 1), CACHED, device=where)
         ids = torch.randint(0, vocabulary, some.shape, device=where)
         cached = (ids, log_softmax(torch.cat([some, some[:, :1]], 1), -1))
