@@ -23,6 +23,7 @@ from jaxdistill.train.run_directory import no_space
 
 _policies = ocp.training.preservation_policies
 _HALF = "*.orbax-checkpoint-tmp*"
+_TRIES, _PAUSE = 50, 0.02  # to remove it, and seconds between them
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -167,9 +168,12 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _cleared(self, error: Exception) -> Exception:
         """Return a failed save's error, its half-written files removed."""
-        if jax.process_index() == 0:
-            for half in self.directory.glob(_HALF):
+        for _ in range(_TRIES if jax.process_index() == 0 else 0):
+            for half in self.directory.glob(_HALF):  # another write of the save may still add to it
                 shutil.rmtree(half, ignore_errors=True)
+            if not any(self.directory.glob(_HALF)):
+                break
+            time.sleep(_PAUSE)
         # Orbax has struck off what a whole save would have replaced.
         self._orbax.reload()
         return error

@@ -236,6 +236,21 @@ def test_a_full_disk_is_heard_of_at_the_next_save(tmp_path, monkeypatch):
         assert int(checkpoints.restore(state(0.0), "data")["step"]) == 1
 
 
+def test_what_is_still_written_to_is_cleared_away_too(tmp_path, monkeypatch):
+    Disk(monkeypatch, errno.ENOSPC)
+    really, calls = shutil.rmtree, []
+
+    def interrupted(path, ignore_errors):  # as where a file is added behind its back
+        calls.append(path)
+        if len(calls) > 2:
+            really(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", interrupted)
+    with pytest.raises(UserError), Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state(1.0), "data", wait=True)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_full_disk_is_heard_of_at_the_end(wait, tmp_path, monkeypatch):
     Disk(monkeypatch, errno.EDQUOT)
