@@ -37,7 +37,7 @@ from jaxdistill.models.hub import load_config
 from jaxdistill.recipes.demo import embedded_model
 from jaxdistill.recipes.plan import Plan, plan, planned_step, _simulated
 from jaxdistill.mesh import MeshShape, make_mesh, on_mesh
-o = Plan(model=embedded_model(), mesh="data=1", dtype=sys.argv[1], remat=True,
+o = Plan(model=embedded_model(), mesh="data=1", dtype=sys.argv[1], remat="full",
          batch_size=4, seq_len=256)
 if sys.argv[2] == "plan":
     print(json.dumps(plan(o)))

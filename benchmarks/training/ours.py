@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def step(
     group: int | None = None,
     freeze: bool = False,
     chunk: int = 256,
-    remat: bool = False,
+    remat: Literal["none", "minimal", "full"] = "none",
     unroll: int = 1,
 ) -> tuple[Callable[[], None], dict[str, Any]]:
     """Build a step.

@@ -9,6 +9,7 @@ import re
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig
+from jaxdistill.models.decoder import Remat
 from jaxdistill.models.hf_layout import hf_layout
 
 
@@ -71,7 +72,7 @@ def training_flops(
     *,
     teacher: ModelConfig | None = None,
     frozen: str | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> dict[str, float]:
     """Return FLOPs a token of a distillation step.
 
@@ -80,7 +81,7 @@ def training_flops(
         seq_len: T.
         teacher: a live teacher's shape, which runs forward alone.
         frozen: regex over paths whose weight gradients are not computed (ov-freeze).
-        remat: whether each layer's forward pass is made twice.
+        remat: of the student, see ``make_apply``.
 
     Returns:
         ``model``: student forward and backward (twice the forward, less what is frozen) and teacher
@@ -89,5 +90,8 @@ def training_flops(
     own = forward_flops(student, seq_len)
     saved = 2.0 * matrix_params(student, frozen) if frozen else 0.0
     model = 3 * own - saved + (forward_flops(teacher, seq_len) if teacher else 0.0)
+    linear = 2.0 * matrix_params(student)
     head = 2.0 * student.vocab_size * student.hidden_size
-    return {"model": model, "hardware": model + (own - head if remat else 0.0)}
+    # Minimal: the scores of attention, half of its products; the mix is stored.
+    again = {"none": 0.0, "minimal": (own - linear) / 2, "full": own - head}[remat]
+    return {"model": model, "hardware": model + again}

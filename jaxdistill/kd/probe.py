@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxdistill.kd.signal import by_projection, make_signal
 from jaxdistill.kd.signal_sums import PROJECTIONS
 from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.decoder import Activation, Params, Transform
+from jaxdistill.models.decoder import Activation, Params, Remat, Transform
 from jaxdistill.quant.measure import clipped_share
 from jaxdistill.quant.policy import Policy
 
@@ -23,7 +23,7 @@ def make_probe(
     transform: Transform,
     activation: Activation | None = None,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     chunk: int = 256,
 ) -> Callable[[Params, Params, Mapping[str, Any]], tuple[dict[str, float], dict[str, Any]]]:
     """Build ``probe(teacher_params, student_params, batch)``, a cheap look during training.
@@ -36,7 +36,7 @@ def make_probe(
         transform: the student's, such as ``fake_quant_params(policy)``.
         activation: changes what the student's linear layers see.
         dtype: type of activations and products' operands.
-        remat: recompute each layer in the backward pass.
+        remat: see ``make_apply``.
         chunk: tokens whose vocabulary logits exist at once.
 
     Returns:

@@ -21,7 +21,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.kd.signal_sums import PARTS, PROJECTIONS, make_sums
 from jaxdistill.mesh import fetch, place_batch
 from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.decoder import Activation, Params, Transform
+from jaxdistill.models.decoder import Activation, Params, Remat, Transform
 
 Signal = dict[str, np.ndarray]
 
@@ -35,7 +35,7 @@ def make_signal(
     losses: tuple[Literal["ce", "kd"], ...] = ("ce", "kd"),
     teacher_gradients: bool = True,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     chunk: int = 256,
 ) -> Callable[[Params, Params, Iterable[Mapping[str, Any]]], Signal]:
     """Build ``measure(teacher_params, student_params, batches) -> Signal``, compiled once.
@@ -57,7 +57,7 @@ def make_signal(
         losses: of which of the two losses the student's gradients are wanted.
         teacher_gradients: False leaves the teacher's backward pass out.
         dtype: type of activations and products' operands.
-        remat: recompute each layer in the backward pass: less memory, more time.
+        remat: see ``make_apply``.
         chunk: tokens whose vocabulary logits exist at once.
 
     Returns:

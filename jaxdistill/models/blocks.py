@@ -6,11 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.product import contract, product
 from jaxdistill.models.rope import apply_rope
+
+LINEAR, MIX = "linear", "mix"  # names of what a layer makes, for ``make_apply``'s ``remat``
 
 
 class Linear(nn.Module):
@@ -31,7 +34,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-        return y.astype(x.dtype)
+        return checkpoint_name(y.astype(x.dtype), LINEAR)
 
 
 class RMSNorm(nn.Module):
@@ -144,7 +147,8 @@ class Attention(nn.Module):
 
     def mix(self, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
         """Attend; a method, so that what queries, keys and values are can be looked at."""
-        return attend_in_blocks(q_BTNH, k_BSKH, v_BSKH, mask_BTS, self.config.sliding_window)
+        out = attend_in_blocks(q_BTNH, k_BSKH, v_BSKH, mask_BTS, self.config.sliding_window)
+        return checkpoint_name(out, MIX)
 
 
 class MLP(nn.Module):

@@ -8,7 +8,7 @@ under the same paths as in the full tree, so no second whole copy of the weights
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.mesh import DATA, ROWS, VOCABULARY, constrain
-from jaxdistill.models.blocks import Block, Linear, RMSNorm, attention_mask
+from jaxdistill.models.blocks import LINEAR, MIX, Block, Linear, RMSNorm, attention_mask
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.product import product
 from jaxdistill.models.rope import rope_frequencies
@@ -32,6 +32,7 @@ Activation = Callable[[str, Array], Array]
 # whole layer's (input, output), "layers"; (queries, keys, values) [B, T, heads, H],
 # "layers/self_attn/mix".
 Seen = dict[str, tuple[Array, ...]]
+Remat = Literal["none", "minimal", "full"]
 
 
 class Output(NamedTuple):
@@ -185,7 +186,7 @@ def make_apply(
     activation: Activation | None = None,
     tap: Callable[[Seen, Any], Any] | None = None,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     unroll: int = 1,
 ) -> Callable[..., Any]:
     """Build the ``ApplyFn`` of a decoder.
@@ -202,7 +203,9 @@ def make_apply(
             stacked over layers)``.
         dtype: type of activations and products' operands (float32 or bfloat16); sums, norms and
             softmax stay float32, and so do the parameters.
-        remat: recompute each layer in the backward pass instead of storing its activations.
+        remat: what the backward pass makes again instead of storing it: ``none``; ``minimal``, all
+            but the outputs of linear layers and attention, so no large product; ``full``, each
+            layer from its input. A CPU gains where layers are scanned alone (``unroll=1``).
         unroll: layers per scan iteration; 0 for all of them, straight-line code.
 
     Returns:
@@ -240,9 +243,8 @@ def make_apply(
         else:
             x_ND = _embed(table, tokens.reshape(-1)).astype(dtype)
         x_ND = constrain(x_ND, ROWS)
-        scanned = jax.checkpoint(body) if remat else body
         layers = (params["layers"], past_kv, tap_inputs)
-        x_ND, (new_kv, statistics) = _through(scanned, x_ND, layers, unroll)
+        x_ND, (new_kv, statistics) = _through(_again(body, remat), x_ND, layers, unroll)
         norm = RMSNorm(config.rms_norm_eps)
         x_ND = cast(Array, norm.apply({"params": rest["norm"]}, x_ND))
         hidden = x_ND.reshape(*shape, -1)
@@ -255,6 +257,14 @@ def make_apply(
         return output if cache is None else (output, cache._replace(k=new_kv[0], v=new_kv[1]))
 
     return apply
+
+
+def _again(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Return a layer whose backward pass makes again what ``remat`` says."""
+    if remat == "none":
+        return body
+    kept = (LINEAR, MIX) if remat == "minimal" else ()
+    return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*kept))
 
 
 def _through(

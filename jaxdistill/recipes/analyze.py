@@ -23,7 +23,7 @@ from jaxdistill.kd.recommend import Recommendation, recommend_freeze
 from jaxdistill.kd.signal import Signal, by_projection, make_signal
 from jaxdistill.kd.signal_sums import PROJECTIONS
 from jaxdistill.mesh import on_primary
-from jaxdistill.models.decoder import Params
+from jaxdistill.models.decoder import Params, Remat
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.models.json_text import read_object
 from jaxdistill.quant.lattice import Ranges
@@ -74,8 +74,8 @@ class Analyze(Parallel):
     """Rows a batch; a gradient is of one batch, as in a training step."""
     seq_len: int = 256
     """Tokens a row."""
-    remat: bool = True
-    """Recompute each layer in the backward pass: half of the memory, a third more time."""
+    remat: Remat = "full"
+    """What the backward pass makes again, see `jaxdistill quantize`."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object as the last line."""
 

@@ -113,7 +113,7 @@ def text_scores(
     if not len(rows):
         raise UserError(f"data {o.data!r} has no text of two tokens or more; give longer texts")
     packed = no_packing([examples[i] for i in rows], o.seq_len)
-    objective = kd_objective(model.apply_fn(remat=True), None, "ce", fused=False)
+    objective = kd_objective(model.apply_fn(remat="full"), None, "ce", fused=False)
     loss = objective_loss(objective)
     score = row_scores(
         loss,

@@ -12,6 +12,7 @@ import tyro
 from jaxdistill.errors import UserError
 from jaxdistill.losses.loss import Loss, parse_loss, parse_term
 from jaxdistill.losses.registry import Kind
+from jaxdistill.models.decoder import Remat
 from jaxdistill.models.hub import Model
 from jaxdistill.models.sharding import Layout
 from jaxdistill.quant.activations import ActivationSpec
@@ -115,8 +116,10 @@ class Training(Parallel):
     """Micro-batches a step; they divide the batch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; masters are float32 always."""
-    remat: bool = False
-    """Recompute each layer in the backward pass: less memory, more time."""
+    remat: Remat = "none"
+    """What the backward pass makes again instead of storing it: none; minimal, all but the outputs
+    of linear layers and attention, which saves most of the memory and costs little; full, each
+    layer from its input: the least memory, a quarter more work. On a CPU with --unroll 1."""
     unroll: int = 1
     """Layers that the compiled step has in a row instead of a loop; 0 for all. On a CPU all are a
     few percent faster, and take longer to compile."""

@@ -26,7 +26,7 @@ from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.losses.loss import parse_loss
 from jaxdistill.mesh import MeshShape, check_rows, make_mesh, on_mesh, parse_mesh, row_sharding
 from jaxdistill.models.config import ModelConfig
-from jaxdistill.models.decoder import init_params
+from jaxdistill.models.decoder import Remat, init_params
 from jaxdistill.models.hub import Model, load_config
 from jaxdistill.models.sharding import Layout, shardings
 from jaxdistill.quant.policy import scale_shapes
@@ -70,8 +70,8 @@ class _Planned:
     """Micro-batches a step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and products."""
-    remat: bool = True
-    """Recompute each layer in the backward pass."""
+    remat: Remat = "full"
+    """What the backward pass makes again, see `jaxdistill quantize`."""
     chunk: int = 256
     """Tokens whose vocabulary logits exist at once, over all devices."""
     teacher_layout: Layout = "sharded"

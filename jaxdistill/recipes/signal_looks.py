@@ -42,7 +42,7 @@ def recommended(
         teacher.config,
         transform=fake_quant_params(policy),
         activation=fake_quant_activations(policy.activations),
-        remat=True,
+        remat="full",
     )
     number = max(1, _ANALYSED // data[0]["tokens"].size)
     with console.status("analysing what to freeze"):

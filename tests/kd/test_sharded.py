@@ -52,7 +52,7 @@ def distilled(shape, *, cache=False, on_policy=False, steps=2):
     """Losses and params of a few steps of KD-QAT on a mesh; None for one device."""
     batches = [tiny.batch(CONFIG, rows=8, seed=i) for i in range(steps)]
     batches = [cached(batch) for batch in batches] if cache else batches
-    student = make_apply(CONFIG, transform=fake_quant_params(POLICY), remat=True)
+    student = make_apply(CONFIG, transform=fake_quant_params(POLICY), remat="full")
     objective = kd_objective(student, None if cache else make_apply(CONFIG), chunk=32)
     rollout = None
     if on_policy:

@@ -46,7 +46,7 @@ def student() -> dict:
 @functools.cache
 def measurer(**options):
     """Compiles one kind of measurement, once for all tests; the probe's is without remat."""
-    return make_signal(CONFIG, chunk=24, remat=True, **options)
+    return make_signal(CONFIG, chunk=24, remat="full", **options)
 
 
 @functools.cache

@@ -185,7 +185,7 @@ def compiled(batch, text=TEXT, **options):
 @pytest.fixture(scope="module")
 def run(setting):
     """With rematerialisation, as in training; what it gives is held against plain numpy."""
-    return compiled(setting[2], remat=True)
+    return compiled(setting[2], remat="full")
 
 
 def test_the_loss_is_the_weighted_sum_of_masked_means(setting, run):

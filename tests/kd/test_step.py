@@ -75,7 +75,7 @@ def test_remat_and_unroll_do_not_change_the_update(setting):
     teacher, student, _ = setting
     tx = ov_freeze(optax.sgd(0.1))
     found = []
-    for options in ({}, {"remat": True}, {"unroll": 2}):
+    for options in ({}, {"remat": "full"}, {"remat": "minimal"}, {"unroll": 2}):
         apply = make_apply(C, transform=fake_quant_params(POLICY), **options)
         step = make_step(kd_objective(apply, make_apply(C)), tx)
         found.append(step(init_state(student, tx), teacher, tiny.batch(C))[0].params)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import init_cache, init_params, make_apply
 from jaxdistill.models.hf import load_hf
+from tests import tiny
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAMES = sorted(p.parent.name for p in GOLDEN.glob("*/expected.npz"))
@@ -183,9 +185,10 @@ def gradients(name: str):
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("llama_bias", {"remat": True}),
+        ("llama_bias", {"remat": "full"}),
+        ("llama_bias", {"remat": "minimal"}),
         ("llama_bias", {"unroll": 2}),
-        ("qwen3_head_dim", {"remat": True, "unroll": 2}),
+        ("qwen3_head_dim", {"remat": "full", "unroll": 2}),
     ],
 )
 def test_remat_and_unrolling_change_no_gradient(name, kwargs):
@@ -193,6 +196,19 @@ def test_remat_and_unrolling_change_no_gradient(name, kwargs):
     other = jax.jit(jax.grad(loss(make_apply(config, **kwargs))))(params, tokens)
     close = functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4)
     jax.tree.map(close, other, gradients(name))
+
+
+def test_remat_saves_memory_and_minimal_makes_no_linear_product_again():
+    config = tiny.config(num_layers=6)
+    params, tokens = tiny.params(config), jnp.zeros((2, 64), jnp.int32)
+    memory, products = {}, {}
+    for remat in ("none", "minimal", "full"):
+        lowered = jax.jit(jax.grad(loss(make_apply(config, remat=remat)))).lower(params, tokens)
+        memory[remat] = lowered.compile().memory_analysis().temp_size_in_bytes
+        shapes = re.findall(r"dot_general .*: \(tensor<(\S+)xf32>, ", lowered.as_text())
+        products[remat] = sum(shape.count("x") == 1 for shape in shapes)
+    assert memory["none"] > 1.5 * memory["minimal"] and memory["minimal"] > memory["full"]
+    assert products["none"] == products["minimal"] == products["full"] - 6
 
 
 def round_kernels(params):

@@ -73,7 +73,7 @@ def step_of(dtype, **options):
     return step, (init_state(params, tx), teacher, batch)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
 def test_a_bfloat16_step_multiplies_by_bfloat16_alone(remat):
     step, args = step_of(jnp.bfloat16, remat=remat)
     text = step.lower(*args).as_text()
