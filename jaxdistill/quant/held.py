@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8, UInt, UInt8
@@ -61,10 +62,13 @@ def hold(
     return Held(q, scale, zero)
 
 
-def _integers(w: Held) -> Int8[Array, "... O I"]:
+def _halves(w: Held) -> tuple[Held, ...]:
+    """Return a packed weight's first and last outputs, a byte each; any other as it is."""
     if w.q.dtype == jnp.int8:
-        return w.q
-    return _whole_numbers(jnp.concatenate([w.q & 15, w.q >> 4], axis=-2), w)
+        return (w,)
+    grids = zip(*(jnp.split(x, 2, axis=-2) for x in w[1:] if x is not None), strict=True)
+    parts = zip((w.q & 15, w.q >> 4), grids, strict=True)
+    return tuple(Held(_whole_numbers(q, w), *grid) for q, grid in parts)
 
 
 def _whole_numbers(unsigned: UInt8[Array, "..."], w: Held) -> Int8[Array, "..."]:
@@ -74,7 +78,10 @@ def _whole_numbers(unsigned: UInt8[Array, "..."], w: Held) -> Int8[Array, "..."]
 
 def held_values(w: Held) -> Float[Array, "... O I"]:
     """Return a weight's lattice values in float32."""
-    return dequantize(_integers(w), tuple(x for x in w[1:] if x is not None), -1)
+    values = [
+        dequantize(half.q, tuple(x for x in half[1:] if x is not None), -1) for half in _halves(w)
+    ]
+    return jnp.concatenate(values, axis=-2)
 
 
 def held_rows(w: Held, ids: Int[Array, "N"]) -> Float[Array, "N I"]:
@@ -92,20 +99,54 @@ def held_rows(w: Held, ids: Int[Array, "N"]) -> Float[Array, "N I"]:
 def held_product(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
     """Return ``x @ w.T`` in float32.
 
-    On a CPU few rows and one scale a channel go by integers, ``_split_product``. Otherwise the
-    weights become floats first: more rows pay for that, and XLA for GPUs and TPUs may do it inside
-    the product.
+    On a CPU few rows and one scale a channel go by integers, ``_split_product``; otherwise a block
+    of weights at a time becomes floats, that stay in the cache. Elsewhere the weights become floats
+    before the product, which XLA for GPUs and TPUs may do inside it.
     """
-    if x.shape[0] > _FEW or w.scale.shape[-1] > 1:
-        return _float_product(x, w)
-    return lax.platform_dependent(x, w, cpu=_split_product, default=_float_product)
+    few = x.shape[0] <= _FEW and w.scale.shape[-1] == 1
+    on_cpu = _split_product if few else _product_in_blocks
+    return lax.platform_dependent(x, w, cpu=on_cpu, default=_float_product)
 
 
 def _float_product(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
-    values = held_values(w).astype(x.dtype)
-    return jnp.einsum("ni,oi->no", x, values, preferred_element_type=jnp.float32)
+    y = (
+        jnp.einsum("ni,oi->no", x, held_values(half).astype(x.dtype), preferred_element_type=_SUM)
+        for half in _halves(w)
+    )
+    return jnp.concatenate(list(y), axis=1)
 
 
+_SUM = jnp.float32
+
+
+def _product_in_blocks(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
+    rows, inputs = w.q.shape
+    halves = 2 if w.q.dtype == jnp.uint8 else 1
+    most = max(1, min(rows, _BLOCK // (halves * inputs)))
+    blocks = rows // next(size for size in range(most, 0, -1) if rows % size == 0)
+
+    def split(of: Array) -> Array:  # a packed row holds two outputs: of the first and second half
+        parts = of.reshape(-1, blocks, rows // blocks, of.shape[-1]).swapaxes(0, 1)
+        return parts.reshape(blocks, -1, of.shape[-1])
+
+    if blocks * most > 4 * rows:  # no divisor near the size
+        return _float_product(x, _when_known(x, w))
+    y = lax.map(lambda part: _float_product(x, _when_known(x, part)), jax.tree.map(split, w))
+    y = y.reshape(blocks, x.shape[0], halves, -1).transpose(1, 2, 0, 3)
+    return y.reshape(x.shape[0], -1)
+
+
+def _when_known(x: Float[Array, "N I"], w: Held) -> Held:
+    """Return the weight as it is, not to be read before the rows are known.
+
+    What depends on weights alone XLA for CPUs does first: it would unpack those of all layers, and
+    keep them.
+    """
+    never = x[0, 0] > jnp.finfo(x.dtype).max  # or there are infinite rows, and no sound product
+    return w._replace(q=w.q | never.astype(w.q.dtype))
+
+
+_BLOCK = 2**19  # weights that are floats at once
 _FEW, _DIGITS = 3, 3  # rows; 8-bit digits of a float's 24
 
 
@@ -122,8 +163,10 @@ def _split_product(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
         digits.append(jnp.round(rest))
         rest = (rest - digits[-1]) * 254
     rows = jnp.stack(digits, axis=1).reshape(-1, x.shape[1]).astype(jnp.int8)
-    y = jnp.einsum("ni,oi->no", rows, _integers(w), preferred_element_type=jnp.int32)
-    parts = y.astype(jnp.float32).reshape(x.shape[0], _DIGITS, -1)
+    # A byte each is read as it lies, and nothing need be unpacked.
+    halves = _halves(w if w.q.dtype == jnp.int8 else _when_known(x, w))
+    y = [jnp.einsum("ni,oi->no", rows, h.q, preferred_element_type=jnp.int32) for h in halves]
+    parts = jnp.concatenate(y, axis=1).astype(jnp.float32).reshape(x.shape[0], _DIGITS, -1)
     total = sum(parts[:, k] * 254.0**-k for k in reversed(range(_DIGITS)))
     if w.zero is not None:
         whole = jnp.sum(x, axis=1, keepdims=True) / jnp.where(unit > 0, unit, 1.0)

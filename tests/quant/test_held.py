@@ -82,12 +82,28 @@ def test_a_table_is_held_as_it_is():
     np.testing.assert_array_equal(held_values(w), dequantize(q, grid, -1))
 
 
-def test_no_float_copy_of_the_weight_is_made_for_one_row():
-    spec = QuantSpec(ranges="absmax")
-    q, grid = stored(spec, -2, (512, 512))
-    temporaries = {}
-    for rows in (1, 8):
-        x = jnp.ones((rows, 512))
-        compiled = jax.jit(held_product).lower(x, hold(q, *grid, axis=-2, packed=False)).compile()
-        temporaries[rows] = compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries[1] < 512 * 512 / 4 < 4 * 512 * 512 <= temporaries[8]
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("group", [None, 32])
+def test_no_float_copy_of_the_weight_is_made(rows, packed, group):
+    """By integers nothing is, or they are unpacked to a byte each; by floats a block at a time."""
+    spec = QuantSpec(ranges="absmax", group_size=group)
+    q, grid = stored(spec, -2, (512, 8192))
+    w = hold(q, *grid, axis=-2, packed=packed)
+    compiled = jax.jit(held_product).lower(jnp.ones((rows, 512)), w).compile()
+    block = 0 if rows == 1 and group is None else 4 * 2**19
+    unpacked = 512 * 8192 * packed * (block == 0)
+    outputs = 8 * 4 * rows * 8192 + 4096
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert 0 < temporaries < 2 * block + unpacked + outputs < 4 * 512 * 8192 / 2
+
+
+@pytest.mark.parametrize("outputs", [4096, 2 * 2053])
+@pytest.mark.parametrize("packed", [False, True])
+def test_many_outputs_go_in_blocks_or_where_they_do_not_divide_at_once(outputs, packed):
+    q, grid = stored(QuantSpec(ranges="absmax", group_size=32), -2, (512, outputs))
+    w = hold(q, *grid, axis=-2, packed=packed)
+    x = jax.random.normal(jax.random.key(1), (5, 512))
+    lowered = jax.jit(held_product).lower(x, w)
+    assert ("stablehlo.while" in lowered.as_text()) == (outputs == 4096)
+    np.testing.assert_allclose(held_product(x, w), x @ held_values(w).T, rtol=1e-4, atol=1e-3)
