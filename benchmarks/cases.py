@@ -18,12 +18,17 @@ _OURS, _TORCH = "benchmarks.training.ours:step", "benchmarks.training.pytorch:st
 def training(name: str, **settings: Any) -> Case:
     """Return a training step beside PyTorch's, eager and compiled, with our allocator and without.
 
-    All of ours have ``keep_pages``, as the command line has.
+    All of ours have ``keep_pages``, as the command line has; ``remat`` is the minimal one.
     """
-    ours: dict[str, dict[str, Any]] = {"jaxdistill": {}, "jaxdistill, unrolled": {"unroll": 0}}
+    ours: dict[str, dict[str, Any]] = {
+        "jaxdistill": {},
+        "jaxdistill, unrolled": {"unroll": 0},
+        "jaxdistill, remat": {"remat": "minimal"},
+    }
     if settings["work"] == "kd_qat":
         ours["jaxdistill, unrolled, ov-freeze"] = {"unroll": 0, "freeze": True}
         ours["jaxdistill, unrolled, KD in float"] = {"unroll": 0, "work": "kd"}
+        ours["jaxdistill, remat, ov-freeze"] = {"remat": "minimal", "freeze": True}
     peers: dict[str, dict[str, Any]] = {
         "torch eager": {},
         "torch.compile": {"compiled": True},

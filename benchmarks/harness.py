@@ -119,7 +119,8 @@ def _say(what: dict[str, Any]) -> None:
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Return the case's settings and, of every variant, times, memory and ratios.
 
-    ``ratio`` of a variant is the fastest peer's median over its own: above 1 it is faster. ``mfu``
+    ``ratio`` of a variant is the fastest peer's time over its own, the median of the rounds' ratios
+    (the machine's rate drifts, and a round is short): above 1 it is faster. ``mfu``
     is its rate of FLOPs over the ``roofline``'s, the faster of both sides' matrix products, taken
     in the same rounds.
     """
@@ -158,11 +159,15 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             found[v.name]["tokens_per_second"] = case.tokens / median
         if v.name in case.flops:
             found[v.name]["mfu"] = case.flops[v.name] / median / roofline
-    best = min((f["ms"] for f in found.values() if f["peer"]), default=None)
+    peers = [v for v in variants if v.name in case.peers]
+    best = min(peers, key=lambda v: statistics.median(v.seconds), default=None)
     least = min((f["peak_mib"] for f in found.values() if f["peer"]), default=None)
-    for f in found.values():
-        if best is not None and least is not None:
-            f |= {"ratio": best / f["ms"], "memory_ratio": f["peak_mib"] / least}
+    for v in variants:
+        if v.name in found and best is not None and least is not None:
+            ratio = statistics.median(
+                b / own for b, own in zip(best.seconds, v.seconds, strict=True)
+            )
+            found[v.name] |= {"ratio": ratio, "memory_ratio": found[v.name]["peak_mib"] / least}
     return {
         "case": case.name,
         "settings": dict(case.settings),
