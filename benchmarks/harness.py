@@ -190,8 +190,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"GFLOP/s, load {result['load']:.1f}.",
         "",
         "| variant | ms | spread | tokens/s | of the roofline | best peer / this | "
-        "peak RSS, MiB | XLA temporaries, MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "peak RSS, MiB | over the least peer's | XLA temporaries, MiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, f in result["variants"].items():
         cells = [
@@ -201,6 +201,7 @@ def table(result: Mapping[str, Any]) -> str:
             f"{f['mfu']:.0%}" if "mfu" in f else "",
             f"{f['ratio']:.2f}" if "ratio" in f else "",
             f"{f['peak_mib']:,.0f}",
+            f"{f['memory_ratio']:.2f}" if "memory_ratio" in f else "",
             f"{f['temporaries_mib']:,.0f}" if "temporaries_mib" in f else "",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
