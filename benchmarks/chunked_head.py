@@ -3,14 +3,15 @@
 The whole KD-QAT step at SmolLM2-135M's shapes (30 layers, V = 49,152) on 4 x 512 tokens is compiled
 from abstract shapes, with the dense head and with chunks of 1,024 to 128 tokens, and XLA's
 temporary bytes are read. The head alone, forward KL with its gradients by hidden states and table,
-is run as well, at V = 128,256. Writes ``results/chunked_head.md``.
+is run as well, at V = 128,256. Writes ``results/chunked_head.md`` and ``chunked_head_alone.md``.
 
-    python benchmarks/chunked_head.py
+    python benchmarks/chunked_head.py [step] [head]
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +106,7 @@ def timed_heads() -> list[str]:
             if number:
                 seconds[chunk].append(time.perf_counter() - began)
     lines = [
-        "\n## The head alone\n",
+        "# The vocabulary head alone, dense and in chunks\n",
         f"V = {vocabulary:,}, {tokens:,} tokens, width {width}, forward KL and its gradients, "
         f"float32; medians of {ROUNDS} rounds in turn on {jax.devices()[0].device_kind}.\n",
         "| head | temporaries (MiB) | dense / this | seconds | time over dense |",
@@ -122,23 +123,31 @@ def timed_heads() -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Measure every form and write the tables."""
-    keep_pages()
+def step_table() -> list[str]:
+    """Return the table of the whole step's temporary memory."""
     block = ROWS * SEQ * SMOLLM2.vocab_size * 4 / 2**20
     lines = [
         "# Temporary memory of the KD-QAT step, dense and chunked head\n",
         f"SmolLM2-135M shapes, {ROWS} x {SEQ} tokens, float32, layers scanned, ov-freeze, AdamW; "
-        f"one whole `[B*T, V]` block is {block:.0f} MiB.\n",
-        "| head | no remat (MiB) | minimal (MiB) | full (MiB) |\n| --- | ---: | ---: | ---: |",
+        f"one whole `[B*T, V]` block is {block:.0f} MiB. By `remat`:\n",
+        "| head | none (MiB) | minimal (MiB) | full (MiB) |\n| --- | ---: | ---: | ---: |",
     ]
     for chunk in (None, 1024, 512, 256, 128):
         name = "dense" if chunk is None else f"chunks of {chunk}"
         sizes = [temporary_mib(chunk, remat) for remat in ("none", "minimal", "full")]
         lines.append(f"| {name} | {' | '.join(f'{size:,.0f}' for size in sizes)} |")
         print(lines[-1], flush=True)
-    lines += timed_heads()
-    (Path(__file__).parent / "results" / "chunked_head.md").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def main() -> None:
+    """Measure what was asked for, by default both, and write the tables."""
+    keep_pages()
+    tables = {"step": ("chunked_head", step_table), "head": ("chunked_head_alone", timed_heads)}
+    for name in sys.argv[1:] or tables:
+        file, measured = tables[name]
+        text = "\n".join(measured()) + "\n"
+        (Path(__file__).parent / "results" / f"{file}.md").write_text(text)
 
 
 if __name__ == "__main__":

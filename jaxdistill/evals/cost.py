@@ -8,6 +8,7 @@ import json
 import re
 
 from jaxdistill.errors import UserError
+from jaxdistill.models.blocks import QUERIES
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Remat
 from jaxdistill.models.hf_layout import hf_layout
@@ -92,6 +93,9 @@ def training_flops(
     model = 3 * own - saved + (forward_flops(teacher, seq_len) if teacher else 0.0)
     linear = 2.0 * matrix_params(student)
     head = 2.0 * student.vocab_size * student.hidden_size
-    # Minimal: the scores of attention, half of its products; the mix is stored.
-    again = {"none": 0.0, "minimal": (own - linear) / 2, "full": own - head}[remat]
+    scores = (own - linear) / 2  # half of attention's products; in blocks they are made again
+    in_blocks = scores if seq_len > QUERIES else 0.0
+    last = 2.0 * student.num_layers * student.intermediate_size * student.hidden_size
+    # Of a layer made again from its input the last product is not needed.
+    again = {"none": in_blocks, "minimal": scores, "full": own - head - last + in_blocks}[remat]
     return {"model": model, "hardware": model + again}

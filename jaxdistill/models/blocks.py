@@ -88,10 +88,10 @@ def attend_in_blocks(
     they are made again, so that memory grows with T and not with its square.
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    if T <= _QUERIES:
+    if T <= QUERIES:
         return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-    blocks = -(-T // _QUERIES)
-    part = -(-blocks // min(blocks, _PARTS)) * _QUERIES
+    blocks = -(-T // QUERIES)
+    part = -(-blocks // min(blocks, _PARTS)) * QUERIES
     out = []
     for start in range(0, T, part):
         rows, keys = slice(start, min(start + part, T)), slice(0, S)
@@ -103,18 +103,18 @@ def attend_in_blocks(
     return jnp.concatenate(out, axis=1)
 
 
-_QUERIES, _PARTS = 512, 4  # of one block; of a text, each with keys of its own, blocks in a loop
+QUERIES, _PARTS = 512, 4  # of one block; of a text, each with keys of its own, blocks in a loop
 
 
 def _in_turn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
     """Attend block after block, in a loop where there is more than one."""
     one, T = jax.checkpoint(attend), q_BTNH.shape[1]
-    if T <= _QUERIES:
+    if T <= QUERIES:
         return one(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
     def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, -T % _QUERIES)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], -1, _QUERIES, *x.shape[2:]).swapaxes(0, 1)
+        x = jnp.pad(x, [(0, 0), (0, -T % QUERIES)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, QUERIES, *x.shape[2:]).swapaxes(0, 1)
 
     out = lax.map(lambda x: one(x[0], k_BSKH, v_BSKH, x[1]), (split(q_BTNH), split(mask_BTS)))
     return out.swapaxes(0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :T]

@@ -8,7 +8,7 @@ under the same paths as in the full tree, so no second whole copy of the weights
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdistill.errors import UserError
 from jaxdistill.mesh import DATA, ROWS, VOCABULARY, constrain
 from jaxdistill.models.blocks import LINEAR, MIX, Block, Linear, RMSNorm, attention_mask
 from jaxdistill.models.config import ModelConfig
@@ -204,7 +205,7 @@ def make_apply(
         dtype: type of activations and products' operands (float32 or bfloat16); sums, norms and
             softmax stay float32, and so do the parameters.
         remat: what the backward pass makes again instead of storing it: ``none``; ``minimal``, all
-            but the outputs of linear layers and attention, so no large product; ``full``, each
+            but the outputs of linear layers and attention, so no linear product; ``full``, each
             layer from its input. A CPU gains where layers are scanned alone (``unroll=1``).
         unroll: layers per scan iteration; 0 for all of them, straight-line code.
 
@@ -261,6 +262,8 @@ def make_apply(
 
 def _again(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """Return a layer whose backward pass makes again what ``remat`` says."""
+    if remat not in get_args(Remat):
+        raise UserError(f"remat {remat!r} given; accepted: {', '.join(get_args(Remat))}")
     if remat == "none":
         return body
     kept = (LINEAR, MIX) if remat == "minimal" else ()

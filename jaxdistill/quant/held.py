@@ -1,7 +1,8 @@
 """Quantized weights as products read them while text is generated: a byte or half a byte each.
 
 One new token multiplies one row by every weight, so a decoder is as fast as its weights are read.
-``held_product`` unpacks them inside that product: no float copy of a weight is written for it.
+``held_product`` multiplies them as the integers they are, or makes floats of a block at a time: no
+float copy of a whole weight is written.
 """
 
 from __future__ import annotations
@@ -109,40 +110,40 @@ def held_product(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
 
 
 def _float_product(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
-    y = (
-        jnp.einsum("ni,oi->no", x, held_values(half).astype(x.dtype), preferred_element_type=_SUM)
-        for half in _halves(w)
-    )
-    return jnp.concatenate(list(y), axis=1)
-
-
-_SUM = jnp.float32
+    values = (held_values(half).astype(x.dtype) for half in _halves(w))
+    y = [jnp.einsum("ni,oi->no", x, v, preferred_element_type=jnp.float32) for v in values]
+    return jnp.concatenate(y, axis=1)
 
 
 def _product_in_blocks(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
     rows, inputs = w.q.shape
-    halves = 2 if w.q.dtype == jnp.uint8 else 1
-    most = max(1, min(rows, _BLOCK // (halves * inputs)))
-    blocks = rows // next(size for size in range(most, 0, -1) if rows % size == 0)
+    halves = 2 if w.q.dtype == jnp.uint8 else 1  # a packed row is an output of each half
+    blocks = -(-rows * halves * inputs // _BLOCK)
+    size = -(-rows // blocks)
 
-    def split(of: Array) -> Array:  # a packed row holds two outputs: of the first and second half
-        parts = of.reshape(-1, blocks, rows // blocks, of.shape[-1]).swapaxes(0, 1)
-        return parts.reshape(blocks, -1, of.shape[-1])
+    def body(i: Array, y: Float[Array, "N H R"]) -> Float[Array, "N H R"]:
+        start = jnp.minimum(i * size, rows - size)  # the last block takes some of the one before
 
-    if blocks * most > 4 * rows:  # no divisor near the size
-        return _float_product(x, _when_known(x, w))
-    y = lax.map(lambda part: _float_product(x, _when_known(x, part)), jax.tree.map(split, w))
-    y = y.reshape(blocks, x.shape[0], halves, -1).transpose(1, 2, 0, 3)
-    return y.reshape(x.shape[0], -1)
+        def part(of: Array) -> Array:
+            starts = (start + half * rows for half in range(of.shape[0] // rows))
+            return jnp.concatenate([lax.dynamic_slice_in_dim(of, at, size) for at in starts])
+
+        made = _float_product(x, _when_known(x, jax.tree.map(part, w)))
+        made = made.reshape(x.shape[0], halves, size)
+        return lax.dynamic_update_slice_in_dim(y, made, start, axis=2)
+
+    empty = jnp.zeros((x.shape[0], halves, rows))
+    return lax.fori_loop(0, blocks, body, empty).reshape(x.shape[0], -1)
 
 
 def _when_known(x: Float[Array, "N I"], w: Held) -> Held:
     """Return the weight as it is, not to be read before the rows are known.
 
     What depends on weights alone XLA for CPUs does first: it would unpack those of all layers, and
-    keep them.
+    keep them. It does not see that no number is both this large and this small.
     """
-    never = x[0, 0] > jnp.finfo(x.dtype).max  # or there are infinite rows, and no sound product
+    most = jnp.finfo(x.dtype).max
+    never = (x[0, 0] > most) & (x[0, 0] < -most)
     return w._replace(q=w.q | never.astype(w.q.dtype))
 
 

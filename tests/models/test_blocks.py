@@ -21,7 +21,7 @@ def inputs(T, S, B=2, N=4, K=2, H=8):
 @pytest.mark.parametrize("parts", [4, 2])
 @pytest.mark.parametrize("T", [24, 29])
 def test_a_whole_text_in_blocks_is_as_in_one_piece(T, parts, packed, window, monkeypatch):
-    monkeypatch.setattr(blocks, "_QUERIES", 8)
+    monkeypatch.setattr(blocks, "QUERIES", 8)
     monkeypatch.setattr(blocks, "_PARTS", parts)
     *qkv, ct = inputs(T, T)
     segments, positions = jnp.ones((2, T), jnp.int32), jnp.arange(T)[None]
@@ -45,7 +45,7 @@ def test_a_whole_text_in_blocks_is_as_in_one_piece(T, parts, packed, window, mon
 
 
 def test_queries_beside_a_cache_see_all_of_it(monkeypatch):
-    monkeypatch.setattr(blocks, "_QUERIES", 8)
+    monkeypatch.setattr(blocks, "QUERIES", 8)
     q, k, v, _ = inputs(20, 32)
     mask = attention_mask(12 + jnp.arange(20)[None], jnp.arange(32)[None], None, None, None)
     got = attend_in_blocks(q, k, v, mask)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.cli import main
 from jaxdistill.models.decoder import make_apply
-from jaxdistill.models.generate import Sampling, generate
+from jaxdistill.models.generate import Sampling, generate, sample
 from jaxdistill.models.hub import load_model
 from jaxdistill.models.quantized import save_quantized
 from jaxdistill.quant.lattice import QuantSpec
@@ -101,3 +101,24 @@ def test_the_verb_answers_the_same_from_every_form(student, tmp_path, capsys):
     forward = make_apply(C, transform=fake_quant_params(policy))
     want = forward(masters, jnp.asarray([PROMPTS[0]])).logits()
     np.testing.assert_allclose(logits.logits(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+@pytest.mark.parametrize("group", [None, 32])
+def test_decoding_holds_no_weight_in_another_form(weights, group):
+    """Neither the prompt's products nor the loop's keep what they unpack of a layer."""
+    policy = default_policy(QuantSpec(group_size=group, ranges="absmax"), tied=True)
+    sizes = {}
+    for depth in (2, 6):
+        config = tiny.config(num_layers=depth, intermediate_size=512)
+        stored = quantize_params(add_scales(tiny.params(config), policy), policy)
+        apply, how = make_apply(config), Sampling(max_new_tokens=2)
+
+        def written(params, tokens, apply=apply, config=config, how=how):
+            key, valid = jax.random.key(0), jnp.ones_like(tokens)
+            return sample(apply, config, params, tokens, valid, key, how=how, stop=())
+
+        lowered = jax.jit(written).lower(held(stored, weights), jnp.ones((1, 8), jnp.int32))
+        sizes[depth] = lowered.compile().memory_analysis().temp_size_in_bytes
+    a_layer = 3 * 64 * 512 + 2 * 64 * 64 + 2 * 64 * 32  # weights; a byte each would be as many
+    assert (sizes[6] - sizes[2]) / 4 < 0.15 * a_layer
