@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8, UInt, UInt8
 
-from jaxdistill.quant.lattice import dequantize
+from jaxdistill.quant.lattice import Grid, dequantize
 
 
 class Held(NamedTuple):
@@ -63,11 +63,15 @@ def hold(
     return Held(q, scale, zero)
 
 
+def _grid(w: Held) -> Grid:
+    return tuple(x for x in w[1:] if x is not None)
+
+
 def _halves(w: Held) -> tuple[Held, ...]:
     """Return a packed weight's first and last outputs, a byte each; any other as it is."""
     if w.q.dtype == jnp.int8:
         return (w,)
-    grids = zip(*(jnp.split(x, 2, axis=-2) for x in w[1:] if x is not None), strict=True)
+    grids = zip(*(jnp.split(x, 2, axis=-2) for x in _grid(w)), strict=True)
     parts = zip((w.q & 15, w.q >> 4), grids, strict=True)
     return tuple(Held(_whole_numbers(q, w), *grid) for q, grid in parts)
 
@@ -79,10 +83,7 @@ def _whole_numbers(unsigned: UInt8[Array, "..."], w: Held) -> Int8[Array, "..."]
 
 def held_values(w: Held) -> Float[Array, "... O I"]:
     """Return a weight's lattice values in float32."""
-    values = [
-        dequantize(half.q, tuple(x for x in half[1:] if x is not None), -1) for half in _halves(w)
-    ]
-    return jnp.concatenate(values, axis=-2)
+    return jnp.concatenate([dequantize(h.q, _grid(h), -1) for h in _halves(w)], axis=-2)
 
 
 def held_rows(w: Held, ids: Int[Array, "N"]) -> Float[Array, "N I"]:
@@ -93,8 +94,7 @@ def held_rows(w: Held, ids: Int[Array, "N"]) -> Float[Array, "N I"]:
         q = _whole_numbers(jnp.where(high, there >> 4, there & 15), w)
     else:
         q = jnp.take(w.q, ids, axis=0)
-    grid = (jnp.take(x, ids, axis=0) for x in w[1:] if x is not None)
-    return dequantize(q, tuple(grid), -1)
+    return dequantize(q, tuple(jnp.take(x, ids, axis=0) for x in _grid(w)), -1)
 
 
 def held_product(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
@@ -110,7 +110,7 @@ def held_product(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
 
 
 def _float_product(x: Float[Array, "N I"], w: Held) -> Float[Array, "N O"]:
-    values = (held_values(half).astype(x.dtype) for half in _halves(w))
+    values = (dequantize(h.q, _grid(h), -1).astype(x.dtype) for h in _halves(w))
     y = [jnp.einsum("ni,oi->no", x, v, preferred_element_type=jnp.float32) for v in values]
     return jnp.concatenate(y, axis=1)
 
