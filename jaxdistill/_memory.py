@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 
-# Of glibc's malloc.h: what is free is given back to the system only beyond 2 GiB, no block is
-# mapped by itself, and threads share one heap.
-_OPTIONS = {-1: 2**31 - 1, -4: 0, -8: 1}
+# Of glibc's malloc.h: what is free is never given back to the system (2 GiB, the largest bound that
+# fits, would give back a large model's temporaries each step), no block is mapped by itself, and
+# threads share one heap.
+_OPTIONS = {-1: -1, -4: 0, -8: 1}
 
 
 def keep_pages() -> bool:

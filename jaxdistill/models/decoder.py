@@ -22,7 +22,7 @@ from jaxdistill.mesh import DATA, ROWS, VOCABULARY, constrain
 from jaxdistill.models.blocks import LINEAR, MIX, Block, Linear, RMSNorm, attention_mask
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.product import product
-from jaxdistill.models.rope import rope_frequencies
+from jaxdistill.models.rope import rope_tables
 from jaxdistill.quant.held import Held, held_rows
 
 Params = dict[str, Any]
@@ -131,12 +131,7 @@ def places_of(
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     # The order of positions is the order of places, segment by segment, so they serve both.
     mask = attention_mask(positions, positions, segment_ids, segment_ids, config.sliding_window)
-    return Places((B, T), _rope(config, positions), mask)
-
-
-def _rope(config: ModelConfig, positions: Any) -> tuple[Array, Array]:
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)[None, None]
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    return Places((B, T), rope_tables(config, positions), mask)
 
 
 def run_layer(
@@ -327,7 +322,7 @@ def _places_after(
     mask = attention_mask(
         positions, cache.positions, segment_ids, cache.segment_ids, config.sliding_window
     )
-    return Places((B, T), _rope(config, positions), mask), cache
+    return Places((B, T), rope_tables(config, positions), mask), cache
 
 
 def _append(cache: KVCache, positions: Array, segment_ids: Array) -> KVCache:

@@ -6,7 +6,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.config import ModelConfig
 
@@ -34,6 +34,21 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, "F"]:
         blend = np.clip(blend, 0.0, 1.0)
         freqs = freqs * (blend + (1 - blend) / scaling.factor)
     return jnp.asarray(freqs, jnp.float32)
+
+
+def rope_tables(
+    config: ModelConfig, positions: Float[Array, "#B T"] | Int[Array, "#B T"]
+) -> tuple[Float[Array, "#B T 1 F"], Float[Array, "#B T 1 F"]]:
+    """Return cosine and sine of each position's angles, in float32.
+
+    They are one array, cut in two. XLA for CPUs would otherwise compute them again for every head
+    of every layer, inside the fusion that rotates, where layers stand in a row: ten times the time
+    of the rotation (benchmarks/NOTES.md).
+    """
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)[None, None]
+    both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    cos, sin = jnp.split(both[:, :, None], 2, axis=-1)
+    return cos, sin
 
 
 def apply_rope(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxdistill.models.config import ModelConfig, RopeScaling
-from jaxdistill.models.rope import apply_rope, rope_frequencies
+from jaxdistill.models.decoder import init_params, make_apply
+from jaxdistill.models.rope import apply_rope, rope_frequencies, rope_tables
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -54,6 +55,25 @@ def test_llama3_scaling_keeps_blends_and_stretches():
     turns = 32 * PLAIN[1] / (2 * math.pi)
     keep = (turns - 1.0) / (4.0 - 1.0)
     np.testing.assert_allclose(got[1], keep * PLAIN[1] + (1 - keep) * PLAIN[1] / 8, rtol=1e-6)
+
+
+def test_tables_are_cosine_and_sine_to_the_last_bit():
+    positions = jnp.array([[0, 1, 2, 3], [7, 5, 4096, 1_000_003]])
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(CONFIG)[None, None]
+    cos, sin = rope_tables(CONFIG, positions)
+    np.testing.assert_array_equal(cos[:, :, 0], jnp.cos(angles))
+    np.testing.assert_array_equal(sin[:, :, 0], jnp.sin(angles))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about XLA for CPUs")
+def test_layers_in_a_row_compute_the_tables_once():
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    apply = make_apply(config, unroll=0)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    step = jax.jit(jax.grad(lambda p, t: jnp.sum(apply(p, t).hidden ** 2)))
+    text = step.lower(params, tokens).compile().as_text()
+    assert text.count(" cosine(") == text.count(" sine(") == 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
