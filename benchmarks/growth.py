@@ -86,7 +86,7 @@ def saved(layers: int) -> Costs:
         kept.save(1, {"params": params}, "growth")
         kept.settle()
         restore = timed(lambda: jax.block_until_ready(kept.restore({"params": params}, "growth")))
-    return {"save, ms": 1e3 * timed(save), "ms": 1e3 * restore, "MiB": size / 2**20}
+    return {"save, ms": 1e3 * timed(save), "restore, ms": 1e3 * restore, "MiB": size / 2**20}
 
 
 def unrolled_training(steps: int) -> Costs:
