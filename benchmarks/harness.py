@@ -119,10 +119,9 @@ def _say(what: dict[str, Any]) -> None:
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Return the case's settings and, of every variant, times, memory and ratios.
 
-    ``ratio`` of a variant is the fastest peer's time over its own, the median of the rounds' ratios
-    (the machine's rate drifts, and a round is short): above 1 it is faster. ``mfu``
-    is its rate of FLOPs over the ``roofline``'s, the faster of both sides' matrix products, taken
-    in the same rounds.
+    ``ratio`` of a variant is the fastest peer's median time over its own: above 1 it is faster.
+    ``mfu`` is its rate of FLOPs over the ``roofline``'s, the faster of both sides' matrix products,
+    taken in the same rounds.
     """
     where = {**case.ours, **case.peers}
     roofs = {"jax": "benchmarks.roofline:jax", "torch": "benchmarks.roofline:torch"}
@@ -164,9 +163,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     least = min((f["peak_mib"] for f in found.values() if f["peer"]), default=None)
     for v in variants:
         if v.name in found and best is not None and least is not None:
-            ratio = statistics.median(
-                b / own for b, own in zip(best.seconds, v.seconds, strict=True)
-            )
+            ratio = statistics.median(best.seconds) / statistics.median(v.seconds)
             found[v.name] |= {"ratio": ratio, "memory_ratio": found[v.name]["peak_mib"] / least}
     return {
         "case": case.name,

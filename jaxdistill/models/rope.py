@@ -42,8 +42,8 @@ def rope_tables(
     """Return cosine and sine of each position's angles, in float32.
 
     They are one array, cut in two. XLA for CPUs would otherwise compute them again for every head
-    of every layer, inside the fusion that rotates, where layers stand in a row: ten times the time
-    of the rotation (benchmarks/NOTES.md).
+    of every layer, inside the fusion that rotates, where layers stand in a row: a twentieth of a
+    training step (benchmarks/NOTES.md).
     """
     angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)[None, None]
     both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
