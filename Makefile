@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers bench bench-full lint format clean
+.PHONY: help demo test test-peers bench bench-full bench-large lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s%s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ bench: $(PEERS)/.installed ## time steps of a tiny model beside PyTorch's
 
 bench-full: $(PEERS)/.installed ## time steps at SmolLM2-135M's shapes beside PyTorch's
 	$(PEERS)/bin/python -m benchmarks --full
+
+bench-large: $(PEERS)/.installed ## time steps of a 1B model's shapes, on a GPU of 80 GB
+	$(PEERS)/bin/python -m benchmarks --large
 
 lint: $(VENV)/.installed ## check style, format and types
 	$(VENV)/bin/ruff check $(LINTED)

@@ -1,6 +1,6 @@
-"""Time the package beside its peers: ``python -m benchmarks [CASE ...] [--full] [--json]``.
+"""Time the package beside its peers: ``python -m benchmarks [CASE ...] [--full | --large]``.
 
-Writes ``results/speed-quick.md`` or ``results/speed-full.md`` and the same as ``.json``; a case
+Writes ``results/speed-SIZE.md`` and the same as ``.json``, SIZE being quick, full or large; a case
 that is measured again takes its old place in them.
 """
 
@@ -21,19 +21,22 @@ def main() -> None:
     """Measure the cases that were asked for, by default all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*")
-    parser.add_argument("--full", action="store_true", help="SmolLM2-135M's shapes, not tiny ones")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="SmolLM2-135M's shapes, not tiny ones")
+    size.add_argument("--large", action="store_true", help="a 1B model's shapes, for a large GPU")
     parser.add_argument("--only", nargs="*", help="variants; all by default, each holds its model")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="one JSON object a case, no files")
     given = parser.parse_args()
-    known = cases(not given.full)
+    name = "full" if given.full else "large" if given.large else "quick"
+    known = cases(name)
     if unknown := [name for name in given.cases if name not in known]:
         parser.error(f"no case {unknown[0]!r}; accepted: {', '.join(known)}")
     chosen = [known[name] for name in given.cases or known]
     variants = {name for case in chosen for name in (*case.ours, *case.peers)}
     if unknown := [name for name in given.only or () if name not in variants]:
         parser.error(f"no variant {unknown[0]!r}; accepted: {'; '.join(sorted(variants))}")
-    where = RESULTS / f"speed-{'full' if given.full else 'quick'}.json"
+    where = RESULTS / f"speed-{name}.json"
     kept = json.loads(where.read_text()) if where.is_file() else {}
     for case in chosen:
         result = measure(case.of(given.only), given.rounds)

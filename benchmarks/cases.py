@@ -25,7 +25,13 @@ def training(name: str, **settings: Any) -> Case:
         "jaxdistill, unrolled": {"unroll": 0},
         "jaxdistill, remat": {"remat": "minimal"},
     }
-    if settings["work"] == "kd_qat":
+    if settings["shape"] == "1b":  # of what fits beside a teacher, and of what an accelerator has
+        ours = {
+            "jaxdistill, remat": {"remat": "minimal"},
+            "jaxdistill, remat, cudnn": {"remat": "minimal", "attention": "cudnn"},
+            "jaxdistill, full remat, cudnn": {"remat": "full", "attention": "cudnn"},
+        }
+    elif settings["work"] == "kd_qat":
         ours["jaxdistill, unrolled, ov-freeze"] = {"unroll": 0, "freeze": True}
         ours["jaxdistill, unrolled, KD in float"] = {"unroll": 0, "work": "kd"}
         ours["jaxdistill, remat, ov-freeze"] = {"remat": "minimal", "freeze": True}
@@ -93,13 +99,26 @@ def flops(
     return rows * seq_len * training_flops(config, seq_len, teacher=teacher, frozen=frozen)["model"]
 
 
-def cases(quick: bool) -> dict[str, Case]:
-    """Return the cases by name, of the size for a quick look or the full one."""
-    size = (
-        {"shape": "tiny", "rows": 4, "seq_len": 256}
-        if quick
-        else {"shape": "smollm2", "rows": 4, "seq_len": 256}
-    )
+SIZES: dict[str, dict[str, Any]] = {
+    "quick": {"shape": "tiny", "rows": 4, "seq_len": 256},
+    "full": {"shape": "smollm2", "rows": 4, "seq_len": 256},
+    "large": {"shape": "1b", "rows": 8, "seq_len": 2048},
+}
+
+
+def cases(name: str) -> dict[str, Case]:
+    """Return the cases of a size by name; the large ones want an accelerator of 80 GB."""
+    size = SIZES[name]
+    if name == "large":
+        half = size | {"dtype": "bfloat16"}
+        made = [
+            training("kd-bf16", work="kd", **half),
+            training("kd-qat-channel", work="kd_qat", **half),
+            training("kd-qat-group32", work="kd_qat", group=32, **half),
+            decoding("decode", shape=size["shape"], rows=1, prompt=32, new=64),
+            decoding("prefill", shape=size["shape"], rows=1, prompt=2048, new=1),
+        ]
+        return {case.name: case for case in made}
     made = [
         training("ce", work="ce", **size),
         training("kd", work="kd", **size),

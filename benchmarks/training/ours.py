@@ -17,6 +17,7 @@ from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.rollout import make_rollout
 from jaxdistill.kd.step import adamw, init_state, make_step
+from jaxdistill.models.attention import Implementation
 from jaxdistill.models.decoder import init_params, make_apply
 from jaxdistill.models.generate import Sampling
 from jaxdistill.quant.lattice import QuantSpec
@@ -35,6 +36,7 @@ def step(
     chunk: int = 256,
     remat: Literal["none", "minimal", "full"] = "none",
     unroll: int = 1,
+    attention: Implementation = "xla",
 ) -> tuple[Callable[[], None], dict[str, Any]]:
     """Build a step.
 
@@ -51,6 +53,7 @@ def step(
         chunk: tokens whose logits exist at once.
         remat: see ``make_apply``.
         unroll: see ``make_apply``.
+        attention: see ``make_apply``.
     """
     config = dataclasses.replace(SMOLLM2, **SHAPES[shape])
     keep_pages()
@@ -60,10 +63,10 @@ def step(
     )
     quantized = work == "kd_qat"
     transform = fake_quant_params(policy) if quantized else None
-    read = {"dtype": jnp.dtype(dtype), "remat": remat, "unroll": unroll}
-    student = make_apply(config, transform=transform, **read)
+    read: dict[str, Any] = {"dtype": jnp.dtype(dtype), "unroll": unroll, "attention": attention}
+    student = make_apply(config, transform=transform, remat=remat, **read)
     alone = work in ("ce", "cache")
-    teacher = None if alone else make_apply(config, dtype=jnp.dtype(dtype), unroll=unroll)
+    teacher = None if alone else make_apply(config, **read)
     loss = "forward_kl" if work == "cache" else None
     objective = kd_objective(student, teacher, loss, chunk=chunk)
     tx = adamw(1e-5, 1000)

@@ -8,7 +8,7 @@ import json
 import re
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.blocks import QUERIES
+from jaxdistill.models.attention import QUERIES
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Remat
 from jaxdistill.models.hf_layout import hf_layout

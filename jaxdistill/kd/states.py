@@ -18,7 +18,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.losses.divergences import kl
 from jaxdistill.losses.loss import Loss, Term
 from jaxdistill.losses.registry import register
-from jaxdistill.models.blocks import attention_mask
+from jaxdistill.models.attention import attention_mask
 from jaxdistill.models.decoder import Params, Seen
 
 _MIXED = ("queries", "keys", "values")

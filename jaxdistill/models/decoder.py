@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import DATA, ROWS, VOCABULARY, constrain
-from jaxdistill.models.blocks import LINEAR, MIX, Block, Linear, RMSNorm, attention_mask
+from jaxdistill.models.attention import Attend, Implementation, attention_mask, make_attend
+from jaxdistill.models.blocks import LINEAR, MIX, Block, Linear, RMSNorm
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.product import product
 from jaxdistill.models.rope import rope_tables
@@ -110,11 +111,11 @@ def _layer_transform(transform: Transform | None) -> Transform:
 
 
 class Places(NamedTuple):
-    """Hold what every layer needs to know of a batch's places: shape, rotation, mask."""
+    """Hold what every layer needs to know of a batch's places: shape, rotation, who sees whom."""
 
     shape: tuple[int, int]
     rope: tuple[Array, Array]
-    mask: Bool[Array, "#B T S"]
+    attend: Attend
 
 
 def places_of(
@@ -122,6 +123,7 @@ def places_of(
     tokens: ArrayLike,
     positions: ArrayLike | None,
     segment_ids: ArrayLike | None,
+    implementation: Implementation = "xla",
 ) -> Places:
     """Return the places of a batch that is read whole, without a cache; each is ``[B, T]``."""
     B, T = jnp.shape(tokens)[:2]
@@ -130,8 +132,10 @@ def places_of(
     positions = jnp.asarray(positions)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     # The order of positions is the order of places, segment by segment, so they serve both.
-    mask = attention_mask(positions, positions, segment_ids, segment_ids, config.sliding_window)
-    return Places((B, T), rope_tables(config, positions), mask)
+    window = config.sliding_window
+    mask = attention_mask(positions, positions, segment_ids, segment_ids, window)
+    attend = make_attend(implementation, mask, segment_ids, window)
+    return Places((B, T), rope_tables(config, positions), attend)
 
 
 def run_layer(
@@ -184,6 +188,7 @@ def make_apply(
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
     unroll: int = 1,
+    attention: Implementation = "xla",
 ) -> Callable[..., Any]:
     """Build the ``ApplyFn`` of a decoder.
 
@@ -203,6 +208,7 @@ def make_apply(
             but the outputs of linear layers and attention, so no linear product; ``full``, each
             layer from its input. A CPU gains where layers are scanned alone (``unroll=1``).
         unroll: layers per scan iteration; 0 for all of them, straight-line code.
+        attention: see ``models.attention``; beside a cache always ``xla``.
 
     Returns:
         ``apply(params, tokens, positions=None, segment_ids=None, cache=None, tap_inputs=None)``,
@@ -218,7 +224,7 @@ def make_apply(
         table = rest["embed_tokens"]["embedding"]
         past_kv, start = None, 0
         if cache is None:
-            places = places_of(config, tokens, positions, segment_ids)
+            places = places_of(config, tokens, positions, segment_ids, attention)
         else:
             start = cache.length
             places, cache = _places_after(config, cache, tokens, positions, segment_ids)
@@ -319,10 +325,10 @@ def _places_after(
     if segment_ids is None:
         segment_ids = jnp.ones((B, T), jnp.int32)
     cache = _append(cache, jnp.broadcast_to(positions, (B, T)), segment_ids)
-    mask = attention_mask(
-        positions, cache.positions, segment_ids, cache.segment_ids, config.sliding_window
-    )
-    return Places((B, T), rope_tables(config, positions), mask), cache
+    window = config.sliding_window
+    mask = attention_mask(positions, cache.positions, segment_ids, cache.segment_ids, window)
+    attend = make_attend("xla", mask, window=window)
+    return Places((B, T), rope_tables(config, positions), attend), cache
 
 
 def _append(cache: KVCache, positions: Array, segment_ids: Array) -> KVCache:
@@ -340,7 +346,8 @@ def init_params(config: ModelConfig, rng: Array) -> Params:
     keys = jax.random.split(rng, config.num_layers + 2)
     c, init = config, nn.initializers.normal(0.02)
     rope = (jnp.ones((1, 1, 1, c.head_dim // 2)), jnp.zeros((1, 1, 1, c.head_dim // 2)))
-    args = (jnp.zeros((1, c.hidden_size)), (1, 1), rope, jnp.ones((1, 1, 1), bool), None)
+    attend = make_attend("xla", jnp.ones((1, 1, 1), bool))
+    args = (jnp.zeros((1, c.hidden_size)), (1, 1), rope, attend, None)
     params: Params = {
         "embed_tokens": {"embedding": init(keys[0], (c.vocab_size, c.hidden_size), jnp.float32)},
         "layers": jax.vmap(lambda k: Block(c).init(k, *args)["params"])(keys[2:]),

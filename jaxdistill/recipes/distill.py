@@ -276,11 +276,21 @@ def measured(
 def objective_of(
     o: Distill, loss: Loss, student: Trainee, teachers: Sequence[Model], shared: int
 ) -> Objective:
-    """Return the training objective that the options name, of the teachers that are live."""
+    """Return the training objective that the options name, of the teachers that are live.
+
+    Raises:
+        UserError: the devices cannot attend so.
+    """
     tap = tap_of(loss)
-    dtype = jnp.dtype(o.dtype)
-    learner = student.apply(dtype=dtype, remat=o.remat, unroll=o.unroll, tap=tap)
-    guides = [t.apply_fn(dtype=dtype, unroll=o.unroll, tap=tap) for t in teachers]
+    if o.attention == "splash" and (found := jax.default_backend()) != "tpu":
+        raise UserError(
+            f"--attention splash given, and the devices are {found}s; accepted there: xla"
+            + (", cudnn" if found == "gpu" else "")
+        )
+    how: dict[str, Any] = {"dtype": jnp.dtype(o.dtype), "unroll": o.unroll, "tap": tap}
+    how["attention"] = o.attention
+    learner = student.apply(remat=o.remat, **how)
+    guides = [t.apply_fn(**how) for t in teachers]
     if loss.of_kind("cross_tokenizer"):
         return cross_tokenizer_objective(learner, guides[0], loss, chunk=o.chunk)
     teacher = guides[0] if len(guides) == 1 else guides or None

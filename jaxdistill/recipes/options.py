@@ -12,6 +12,7 @@ import tyro
 from jaxdistill.errors import UserError
 from jaxdistill.losses.loss import Loss, parse_loss, parse_term
 from jaxdistill.losses.registry import Kind
+from jaxdistill.models.attention import Implementation
 from jaxdistill.models.decoder import Remat
 from jaxdistill.models.hub import Model
 from jaxdistill.models.sharding import Layout
@@ -25,7 +26,7 @@ from jaxdistill.train.guard import Guard, OnSpike
 # A run may be gone on with elsewhere, and on other devices.
 _NOT_THE_RUN = (
     *("out", "keep", "resume", "json", "on_spike", "spike_sigma"),
-    *("mesh", "hosts", "teacher_layout"),
+    *("mesh", "hosts", "teacher_layout", "attention"),
 )
 _LEAST = {
     "steps": 0,
@@ -123,6 +124,9 @@ class Training(Parallel):
     unroll: int = 1
     """Layers that the compiled step has in a row instead of a loop; 0 for all. On a CPU all are a
     few percent faster, and take longer to compile."""
+    attention: Implementation = "xla"
+    """How a step attends: xla, on any device; cudnn, flash attention of NVIDIA GPUs, with --dtype
+    bfloat16; splash, flash attention of TPUs."""
     chunk: int = 256
     """Tokens whose vocabulary logits exist at once."""
     seed: int = 0

@@ -267,6 +267,9 @@ def test_a_teacher_of_another_tokenizer_needs_the_right_objective(inputs, tmp_pa
         ({"activation_bits": "8"}, "--activation-bits given for a float student"),
         ({"mixture": "best"}, "no mixture is named 'best'"),
         ({"cache": "nowhere"}, "nowhere holds no teacher cache"),
+        ({"attention": "splash"}, "--attention splash given, and the devices are cpus; accepted"),
+        ({"attention": "cudnn"}, "by cudnn of float32 numbers given; accepted: bfloat16"),
+        ({"attention": "cudnn", "dtype": "bfloat16"}, "it cannot be: cuDNN is not detected."),
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(changes, message, inputs, tmp_path):
