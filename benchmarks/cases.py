@@ -27,9 +27,9 @@ def training(name: str, **settings: Any) -> Case:
     }
     if settings["shape"] == "1b":  # of what fits beside a teacher, and of what an accelerator has
         ours = {
-            "jaxdistill, remat": {"remat": "minimal"},
-            "jaxdistill, remat, cudnn": {"remat": "minimal", "attention": "cudnn"},
-            "jaxdistill, full remat, cudnn": {"remat": "full", "attention": "cudnn"},
+            "jaxdistill, remat": {"remat": "minimal", "chunk": 2048},
+            "jaxdistill, remat, cudnn": {"remat": "minimal", "chunk": 2048, "attention": "cudnn"},
+            "jaxdistill, full remat, cudnn": {"remat": "full", "chunk": 2048, "attention": "cudnn"},
         }
     elif settings["work"] == "kd_qat":
         ours["jaxdistill, unrolled, ov-freeze"] = {"unroll": 0, "freeze": True}

@@ -17,6 +17,7 @@ from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.rollout import make_rollout
 from jaxdistill.kd.step import adamw, init_state, make_step
+from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.models.attention import Implementation
 from jaxdistill.models.decoder import init_params, make_apply
 from jaxdistill.models.generate import Sampling
@@ -33,7 +34,7 @@ def step(
     dtype: str = "float32",
     group: int | None = None,
     freeze: bool = False,
-    chunk: int = 256,
+    chunk: int = CHUNK,
     remat: Literal["none", "minimal", "full"] = "none",
     unroll: int = 1,
     attention: Implementation = "xla",

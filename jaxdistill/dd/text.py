@@ -19,6 +19,7 @@ from scipy.spatial.distance import cdist
 
 from jaxdistill.dd.selection import k_center
 from jaxdistill.errors import UserError
+from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.models.generate import Sampling, generate
 from jaxdistill.models.hub import Model
 
@@ -33,7 +34,7 @@ def nearest_rows(
     *,
     k: int,
     metric: Metric,
-    chunk: int = 256,
+    chunk: int = CHUNK,
 ) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]:
     """Return the ids of each point's k nearest rows, nearest first, and their squared distances.
 
@@ -60,7 +61,7 @@ def nearest_tokens(
     *,
     metric: Metric = "cosine",
     allowed: Bool[Array, "V"] | None = None,
-    chunk: int = 256,
+    chunk: int = CHUNK,
 ) -> Int[Array, "M T"]:
     """Return for every place the token whose embedding is nearest.
 

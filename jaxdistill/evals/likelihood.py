@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.errors import UserError
+from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.losses.divergences import ce
 from jaxdistill.mesh import fetch
 from jaxdistill.models.tokenizer import Tokenizer
@@ -180,7 +181,7 @@ def log_likelihoods(
     *,
     max_length: int,
     batch_tokens: int | None = None,
-    chunk: int = 256,
+    chunk: int = CHUNK,
     progress: Callable[[int], None] | None = None,
 ) -> Likelihoods:
     """Score every pair: ``sum_i log p(continuation_i | context, continuation_<i)``.

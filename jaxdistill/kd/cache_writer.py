@@ -30,7 +30,7 @@ from jaxdistill.kd.teacher_cache import (
     read_header,
     shard_file,
 )
-from jaxdistill.losses.chunked import Head, join_chunks, pad_and_split
+from jaxdistill.losses.chunked import CHUNK, Head, join_chunks, pad_and_split
 from jaxdistill.losses.loss import Term, parse_term
 from jaxdistill.losses.top_k import TopK, top_k_of
 from jaxdistill.mesh import fetch, on_primary, place_batch
@@ -99,7 +99,7 @@ def write_cache(
     rows_per_shard: int | None = None,
     batch_size: int = 8,
     vocab_size: int | None = None,
-    chunk: int = 256,
+    chunk: int = CHUNK,
     fingerprints: Mapping[str, str],
     teachers: Sequence[str] = (),
     dtype: str = "float32",

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.objective import Batch, Metrics, Objective, head_of, next_token_targets
-from jaxdistill.losses.chunked import Head, chunked_sums
+from jaxdistill.losses.chunked import CHUNK, Head, chunked_sums
 from jaxdistill.losses.loss import Loss, Term, parse_loss
 from jaxdistill.losses.token_log_probs import chunked_log_probs
 from jaxdistill.models.decoder import ApplyFn, Output, Params
@@ -90,7 +90,7 @@ def cross_tokenizer_objective(
     teacher: ApplyFn,
     loss: str | Loss = "uld",
     *,
-    chunk: int = 256,
+    chunk: int = CHUNK,
     fused: bool = True,
 ) -> Objective:
     """Build the distillation between two vocabularies, on rows of ``train.pairing``.

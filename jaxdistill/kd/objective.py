@@ -13,7 +13,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.kd import states as _states  # this and the next two fill the registry
 from jaxdistill.kd import teachers as _teachers  # noqa: F401
 from jaxdistill.kd import token_weights as _token_weights  # noqa: F401
-from jaxdistill.losses.chunked import Head, chunked_sums
+from jaxdistill.losses.chunked import CHUNK, Head, chunked_sums
 from jaxdistill.losses.divergences import ce, forward_kl
 from jaxdistill.losses.loss import Loss, Term, parse_loss, parse_term
 from jaxdistill.losses.top_k import TopK, with_tail
@@ -89,7 +89,7 @@ def kd_objective(
     correction: str | Term | None = None,
     top_k: int = 0,
     vocab_size: int | None = None,
-    chunk: int = 256,
+    chunk: int = CHUNK,
     fused: bool = True,
 ) -> Objective:
     """Build the distillation of one vocabulary: any loss, of any teacher, into any student.

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.kd.signal import by_projection, make_signal
 from jaxdistill.kd.signal_sums import PROJECTIONS
+from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Activation, Params, Remat, Transform
 from jaxdistill.quant.measure import clipped_share
@@ -24,7 +25,7 @@ def make_probe(
     activation: Activation | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
-    chunk: int = 256,
+    chunk: int = CHUNK,
 ) -> Callable[[Params, Params, Mapping[str, Any]], tuple[dict[str, float], dict[str, Any]]]:
     """Build ``probe(teacher_params, student_params, batch)``, a cheap look during training.
 

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.signal_sums import PARTS, PROJECTIONS, make_sums
+from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.mesh import fetch, place_batch
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Activation, Params, Remat, Transform
@@ -36,7 +37,7 @@ def make_signal(
     teacher_gradients: bool = True,
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
-    chunk: int = 256,
+    chunk: int = CHUNK,
 ) -> Callable[[Params, Params, Iterable[Mapping[str, Any]]], Signal]:
     """Build ``measure(teacher_params, student_params, batches) -> Signal``, compiled once.
 

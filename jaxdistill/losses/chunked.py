@@ -23,6 +23,10 @@ from jaxdistill.mesh import DATA, ROWS, VOCABULARY, axis_size, constrain
 # them "loss"
 RowsFn = Callable[[Array, tuple[Array, ...], Any, Any], dict[str, Array]]
 
+# Tokens whose logits exist at once, where nobody says otherwise. Each chunk adds to the gradient of
+# the whole table, so smaller ones take longer (benchmarks/results/chunked_head_alone.md).
+CHUNK = 512
+
 
 class Head(NamedTuple):
     """Hold what logits are made of: ``hidden @ kernel.T``, where asked for capped softly.
@@ -81,7 +85,7 @@ def chunked_sums(
     rows: Any,
     shared: Any = None,
     *,
-    chunk: int = 256,
+    chunk: int = CHUNK,
     fused: bool = True,
 ) -> dict[str, Float[Array, ""]]:
     """Return ``rows_fn``'s sums over all tokens, chunk by chunk.

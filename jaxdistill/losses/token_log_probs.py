@@ -6,12 +6,12 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.losses.chunked import Head, join_chunks, pad_and_split
+from jaxdistill.losses.chunked import CHUNK, Head, join_chunks, pad_and_split
 from jaxdistill.losses.divergences import target_log_probs
 
 
 def chunked_log_probs(
-    head: Head, targets: Int[Array, "N"], *, chunk: int = 256
+    head: Head, targets: Int[Array, "N"], *, chunk: int = CHUNK
 ) -> Float[Array, "N"]:
     """Return ``log softmax(z)[target]`` of each place, float32.
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from jaxdistill.errors import UserError
 from jaxdistill.kd.cache_writer import write_cache
 from jaxdistill.kd.teacher_cache import CachedRows
+from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.losses.loss import parse_term
 from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
@@ -57,7 +58,7 @@ class CacheTeacher(Parallel):
     held out, and not cached."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products."""
-    chunk: int = 256
+    chunk: int = CHUNK
     """Tokens whose vocabulary logits exist at once."""
     resume: bool = False
     """Go on with the cache in --out; what is whole is kept."""

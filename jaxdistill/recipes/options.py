@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxdistill.errors import UserError
+from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.losses.loss import Loss, parse_loss, parse_term
 from jaxdistill.losses.registry import Kind
 from jaxdistill.models.attention import Implementation
@@ -127,7 +128,7 @@ class Training(Parallel):
     attention: Implementation = "xla"
     """How a step attends: xla, on any device; cudnn, flash attention of NVIDIA GPUs, with --dtype
     bfloat16; splash, flash attention of TPUs."""
-    chunk: int = 256
+    chunk: int = CHUNK
     """Tokens whose vocabulary logits exist at once."""
     seed: int = 0
     """Order of the data, samples, and fresh weights."""

@@ -23,6 +23,7 @@ from jaxdistill.kd.freeze import freeze, freeze_patterns
 from jaxdistill.kd.schedule import schedule_of
 from jaxdistill.kd.states import init_projections
 from jaxdistill.kd.step import adamw, init_state, make_step
+from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.losses.loss import parse_loss
 from jaxdistill.mesh import MeshShape, check_rows, make_mesh, on_mesh, parse_mesh, row_sharding
 from jaxdistill.models.config import ModelConfig
@@ -72,7 +73,7 @@ class _Planned:
     """Type of activations and products."""
     remat: Remat = "full"
     """What the backward pass makes again, see `jaxdistill quantize`."""
-    chunk: int = 256
+    chunk: int = CHUNK
     """Tokens whose vocabulary logits exist at once, over all devices."""
     teacher_layout: Layout = "sharded"
     """See `jaxdistill distill`."""
