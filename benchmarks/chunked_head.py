@@ -32,7 +32,7 @@ from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import default_policy, fake_quant_params
 
 ROWS, SEQ = 4, 512
-HEAD, ROUNDS = (4 * 2048, 128_256, 256), 5  # tokens, vocabulary, width
+HEAD, ROUNDS = (4 * 2048, 128_256, 256), 3  # tokens, vocabulary, width
 
 
 def dense_objective(student, teacher):

@@ -27,6 +27,7 @@ from jaxdistill.dd.meta_gradient import meta_gradient
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.unroll import Unroll, make_unroll
 from jaxdistill.errors import UserError
+from jaxdistill.evals.cascade_model import CascadeModel
 from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
 from jaxdistill.kd.freeze import OV_PATTERN, freeze, ov_freeze
@@ -52,6 +53,7 @@ from jaxdistill.quant.policy import (
 )
 
 __all__ = [
+    "CascadeModel",
     "LORA_FREEZE",
     "OV_PATTERN",
     "Loss",

@@ -15,11 +15,13 @@ from jaxdistill.errors import UserError
 from jaxdistill.mesh import is_primary
 from jaxdistill.recipes.analyze import Analyze, analyze
 from jaxdistill.recipes.cache_teacher import CacheTeacher, cache_teacher
+from jaxdistill.recipes.cascade import Cascade, cascade
 from jaxdistill.recipes.condense import condense
 from jaxdistill.recipes.condense_options import Condense
+from jaxdistill.recipes.cost import Cost, cost
 from jaxdistill.recipes.demo import Demo, demo
 from jaxdistill.recipes.distill import Distill, distill
-from jaxdistill.recipes.evaluate import Evaluate, evaluate
+from jaxdistill.recipes.evaluate import TEXT, Evaluate, evaluate
 from jaxdistill.recipes.evaluate_set import EvaluateSet, evaluate_set
 from jaxdistill.recipes.export import Export, export
 from jaxdistill.recipes.generate import Generate, generate
@@ -32,13 +34,25 @@ from jaxdistill.recipes.objectives import (
 from jaxdistill.recipes.parallel import join_hosts
 from jaxdistill.recipes.plan import Plan, plan
 from jaxdistill.recipes.quantize import Quantize, quantize
-from jaxdistill.report.table import choices_table, comparison_table, plan_table, result_table
+from jaxdistill.report.table import (
+    cascade_sentence,
+    cascade_table,
+    choices_table,
+    comparison_table,
+    cost_sentence,
+    cost_table,
+    plan_table,
+    result_table,
+    slices_table,
+)
 from jaxdistill.train.preemption import Stopped, ended_by_sigterm
 
 VERBS = {
     "quantize": Quantize,
     "distill": Distill,
     "evaluate": Evaluate,
+    "cascade": Cascade,
+    "cost": Cost,
     "analyze": Analyze,
     "cache-teacher": CacheTeacher,
     "objectives": Objectives,
@@ -75,6 +89,22 @@ def run(options: Any) -> None:
                 out.print(result_table({options.model: result}))
             if options.choices and not options.json:
                 out.print(choices_table(result["choices"], result["choices_mean"]))
+            for name, slices in result.get("slices", {}).items() if not options.json else ():
+                out.print(slices_table(slices, "nll" if name == TEXT else "acc", name))
+        case Cascade():
+            report = cascade(options)
+            if options.json:
+                print(json.dumps(report))
+            else:
+                out.print(cascade_table(report))
+                out.print(cascade_sentence(report), highlight=False)
+        case Cost():
+            report = cost(options)
+            if options.json:
+                print(json.dumps(report))
+            else:
+                out.print(cost_table(report))
+                out.print(cost_sentence(report), highlight=False)
         case Analyze():
             report = analyze(options)
             if options.json:

@@ -17,7 +17,7 @@ import jaxdistill as jd
 from benchmarks.ov_freeze.study import DATA, HERE, policy_of, studies
 from benchmarks.ov_freeze.tables import table
 from jaxdistill.evals.choices import choices_name, load_choices
-from jaxdistill.recipes.evaluate import evaluate_choices
+from jaxdistill.recipes.evaluate import choices_result, score_files
 
 SETS = ("arc_easy_train", "piqa_valid_a", "winogrande_val_a", "openbookqa_dev")
 
@@ -47,7 +47,7 @@ def main() -> None:
     rows, raw = [], {}
     heads = ["4-bit per channel", *questions, "mean acc", "of float", "mean acc_norm"]
     for name, make in models.items():
-        found = raw[name] = evaluate_choices(make(), None, questions)
+        found = raw[name] = choices_result(score_files({"student": make()}, questions))
         means, scored = found["choices_mean"], found["choices"]
         whole = raw["float"]["choices_mean"]["acc"]
         rows.append(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.likelihood import encode_pair, log_likelihoods
@@ -33,12 +34,14 @@ class Question:
         choices: the texts to choose from, without the space that parts them from the context.
         label: the number of the right choice, from 0.
         where: file and line, for messages.
+        fields: what else the row says, by name.
     """
 
     context: str
     choices: tuple[str, ...]
     label: int
     where: str = "a question"
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ChoiceScores(NamedTuple):
@@ -56,7 +59,7 @@ def choices_name(path: str | Path) -> str:
 def load_choices(path: str | Path, limit: int = 0) -> list[Question]:
     """Read the first ``limit`` questions (0: all) of a ``.jsonl`` or ``.jsonl.gz`` file.
 
-    Fields beyond ``context``, ``choices`` and ``label`` are ignored, blank lines skipped.
+    Fields beyond ``context``, ``choices`` and ``label`` can name slices; blank lines are skipped.
 
     Raises:
         UserError: the file is missing, unreadable or without a question, or a row is of another
@@ -98,8 +101,13 @@ def _question(line: str, where: str) -> Question:
     problem = _problem(row)
     if problem:
         raise UserError(f"{where} {problem}; accepted: {FORM}; correct or remove the row")
+    own = ("context", "choices", "label")
     return Question(
-        context=row["context"], choices=tuple(row["choices"]), label=row["label"], where=where
+        context=row["context"],
+        choices=tuple(row["choices"]),
+        label=row["label"],
+        where=where,
+        fields={name: value for name, value in row.items() if name not in own},
     )
 
 
@@ -135,19 +143,32 @@ def choice_metrics(
     ``items``. ``bits_per_byte`` is the negative log2-likelihood of all right choices over their
     bytes.
     """
-    lengths = [np.array([len(c.encode()) for c in q.choices], float) for q in questions]
-    right, right_norm, bits, length = 0, 0, 0.0, 0.0
-    for question, scores, sizes in zip(questions, log_likelihoods, lengths, strict=True):
-        right += int(np.argmax(scores) == question.label)
-        right_norm += int(np.argmax(scores / sizes) == question.label)
-        bits -= float(scores[question.label]) / math.log(2)
-        length += float(sizes[question.label])
+    sums = choice_sums(questions, log_likelihoods)
     metrics: dict[str, float | int] = {}
-    for name, hits in (("acc", right), ("acc_norm", right_norm)):
-        share = hits / len(questions)
+    for name in ("acc", "acc_norm"):
+        share = float(np.mean(sums[name][0]))
         metrics[name] = share
         metrics[f"{name}_stderr"] = math.sqrt(share * (1 - share) / len(questions))
+    bits, length = (float(np.sum(x)) for x in sums["bits_per_byte"])
     return metrics | {"bits_per_byte": bits / length, "items": len(questions)}
+
+
+def choice_sums(
+    questions: Sequence[Question], log_likelihoods: Sequence[np.ndarray]
+) -> dict[str, tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]]:
+    """Return by metric of ``choice_metrics`` each question's (sum, count)."""
+    lengths = [np.array([len(c.encode()) for c in q.choices], float) for q in questions]
+    labels = [q.label for q in questions]
+    each = list(zip(log_likelihoods, lengths, labels, strict=True))
+    one = np.ones(len(questions))
+    return {
+        "acc": (np.array([float(np.argmax(s) == k) for s, _, k in each]), one),
+        "acc_norm": (np.array([float(np.argmax(s / n) == k) for s, n, k in each]), one),
+        "bits_per_byte": (
+            np.array([-float(s[k]) / math.log(2) for s, _, k in each]),
+            np.array([float(n[k]) for _, n, k in each]),
+        ),
+    }
 
 
 def score_choices(

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxdistill.errors import UserError
 from jaxdistill.kd.objective import Objective
-from jaxdistill.mesh import place_batch
+from jaxdistill.mesh import fetch, place_batch
 
 
 def make_evaluator(
@@ -39,6 +39,33 @@ def make_evaluator(
         means = {name: value / count for name, (value, count) in totals.items() if name != "loss"}
         means["perplexity"] = math.exp(min(means["nll"], 700.0))
         return means | {"tokens": int(tokens)}
+
+    return evaluate
+
+
+def make_row_evaluator(
+    objective: Objective,
+) -> Callable[[Any, Any, Iterable[Mapping[str, Any]]], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Return ``evaluate(params, teacher_params, batches)``: by metric, each row's (sum, count).
+
+    The sums of all rows over their counts are what ``make_evaluator`` returns.
+    """
+
+    @jax.jit
+    def score(params, teacher_params, batch):
+        def one(row):
+            return objective(params, teacher_params, jax.tree.map(lambda x: x[None], row))[2]
+
+        return jax.vmap(one)(batch)
+
+    def evaluate(params, teacher_params, batches) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        found = [
+            jax.tree.map(fetch, score(params, teacher_params, place_batch(b))) for b in batches
+        ]
+        if not found:
+            raise UserError("the evaluation data hold no row; give some")
+        parts = jax.tree.map(lambda *x: np.concatenate(x).astype(np.float64), *found)
+        return {name: tuple(pair) for name, pair in parts.items() if name != "loss"}
 
     return evaluate
 

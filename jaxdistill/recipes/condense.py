@@ -34,8 +34,9 @@ from jaxdistill.recipes.condense_report import nearest_texts, report_set, settin
 from jaxdistill.recipes.condense_texts import quotas_of, select_texts
 from jaxdistill.recipes.condense_words import likely_texts, words_alone, written_set
 from jaxdistill.recipes.parallel import parallel
-from jaxdistill.train.labelled import held_out_rows, load_labelled, slices_of
+from jaxdistill.train.labelled import held_out_rows, load_labelled
 from jaxdistill.train.run_directory import RunDirectory
+from jaxdistill.train.slices import slices_of
 
 
 @parallel
@@ -72,7 +73,7 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
     learned_from, _ = held_out_rows(whole.labels)  # the rest is for who judges the set
     data = whole.take(learned_from)
     check_real(data, o.model, o.level)
-    slices = slices_of(data, o.slice)
+    slices = slices_of(data.described, o.slice)
     groups, quotas = quotas_of(data, slices, o.per_class, o.per_slice)
     select("random", np.zeros(len(data)), groups, quotas)  # says which group is too small
     model = load_model(o.model).floats() if o.model else None

@@ -27,8 +27,9 @@ from jaxdistill.recipes.condense_options import Condense, condense_identity
 from jaxdistill.recipes.condense_report import settings_of
 from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import encode_rows, load_rows, no_packing
-from jaxdistill.train.labelled import Labelled, slices_of
+from jaxdistill.train.labelled import Labelled
 from jaxdistill.train.run_directory import RunDirectory
+from jaxdistill.train.slices import slices_of
 
 _OUTER = 64  # texts of other pools that are scored after training on a pool
 
@@ -54,7 +55,7 @@ def select_texts(
     columns = {name: list(table[name]) for name in table.column_names if name != "text"}
     nothing = np.zeros(len(texts), np.int32)
     data = Labelled(labels=nothing, classes=("text",), texts=texts, columns=columns, source=o.data)
-    slices = slices_of(data, o.slice)
+    slices = slices_of(data.described, o.slice)
     groups, quotas = quotas_of(data, slices, o.examples, o.per_slice)
     select("random", nothing, groups, quotas)
     model = None

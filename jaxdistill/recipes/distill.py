@@ -20,6 +20,7 @@ from rich.console import Console
 from jaxdistill.errors import UserError
 from jaxdistill.evals.confidence import teacher_confidence
 from jaxdistill.evals.perplexity import make_evaluator
+from jaxdistill.evals.slices import report_slices
 from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
 from jaxdistill.kd.freeze import (
     FreezeTransformation,
@@ -46,8 +47,9 @@ from jaxdistill.quant.policy import Policy
 from jaxdistill.recipes.learned_rows import LearnedRows, check_width
 from jaxdistill.recipes.options import Distill, identity
 from jaxdistill.recipes.parallel import mesh_shape, parallel
-from jaxdistill.recipes.run_report import Results, check_student, report_run
+from jaxdistill.recipes.run_report import BY, Results, check_student, report_run
 from jaxdistill.recipes.signal_looks import recommended, signal_looks
+from jaxdistill.recipes.slices import watched
 from jaxdistill.recipes.trainee import Trainee, make_trainee
 from jaxdistill.recipes.transfer_set import (
     serve,
@@ -126,6 +128,7 @@ def _distill(
         )
     loss = measured(loss, plain, teachers, found.rows, some)
     schedule = schedule_of(loss, o.steps)
+    watch = watched(o, found.held_rows, base)
     objective = objective_of(o, loss, student, [] if found.answered else teachers, shared)
     rollout = _rollout(o, student, base, shared)
     guides = tuple(t.params for t in teachers)
@@ -218,7 +221,17 @@ def _distill(
     else:
         results["student"] = results[name]
     student.save(run.student, stored, base.tokenizer)
-    report_run(run, results, console, _title(o))
+    slices = None
+    if watch is not None:
+        with console.status("evaluating slices"):
+            states = {name: before, "student": stored} if o.steps else {"student": stored}
+            seen = guides if beside else None
+            sums = {k: watch.texts.sums(judged, params, seen) for k, params in states.items()}
+            if beside:
+                alone = kd_objective(plain[0], None, vocab_size=shared, chunk=o.chunk)
+                sums = {"teacher": watch.texts.sums(alone, teachers[0].params, None)} | sums
+        slices = report_slices(sums, watch.masks, by=BY)
+    report_run(run, results, console, _title(o), slices)
     return results
 
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from jaxdistill.errors import UserError
-from jaxdistill.evals.choices import Question, choices_name, load_choices, score_choices
+from jaxdistill.evals.choices import (
+    ChoiceScores,
+    Question,
+    choice_sums,
+    choices_name,
+    load_choices,
+    score_choices,
+)
 from jaxdistill.evals.perplexity import make_evaluator
+from jaxdistill.evals.slices import report_slices
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.recipes.parallel import Parallel, parallel
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows
+from jaxdistill.recipes.slices import Texts, masks_of, of_questions
 from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import load_rows
+from jaxdistill.train.slices import described
+
+TEXT = "text"  # the name of --data among what has slices
+Scored = dict[str, dict[str, ChoiceScores]]  # by model and file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +57,9 @@ class Evaluate(Parallel):
     """Pack texts into full rows; without it each text has its own row, cut at seq-len."""
     loss_on: Literal["all", "completion"] = "all"
     """Tokens that count: all, or the answers of chat rows alone."""
+    slice: tuple[str, ...] = ()
+    """Named slices that are judged one by one: a column, NAME=REGEX over the text, longest:SHARE,
+    rare_words:SHARE or rare_labels:SHARE, as in longest:0.1."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object as the last line."""
 
@@ -72,68 +89,94 @@ def evaluate(o: Evaluate, console: Console | None = None) -> dict[str, Any]:
     With ``choices``: ``choices``, by file name the metrics of ``evals.choices.choice_metrics``, and
     ``choices_mean``, the plain mean of each over the files (``items`` is their sum); with a teacher
     also ``teacher_acc`` and ``retention`` (``acc / teacher_acc``; of the two means, in the mean;
-    None where the teacher has none right).
+    None where the teacher has none right). With ``slice``: ``slices``, by ``text`` or file name and
+    slice what ``evals.slices.SliceReport`` holds; the model is the ``student`` there.
     """
     _check(o)
     questions = {choices_name(path): load_choices(path, o.limit) for path in o.choices}
-    rows = None if o.data is None else load_rows(o.data)
+    rows: Any = None if o.data is None else load_rows(o.data)
+    masks = masks_of(_described(o, rows, questions), o.slice) if o.slice else {}
     model = load_model(o.model)
     teacher = None if o.teacher is None else load_model(o.teacher)
     result: dict[str, Any] = {}
     if rows is not None:
         shared = None if teacher is None else check_same_vocabulary(teacher, model)
         packed = pack_rows(rows, model, o.seq_len, o.loss_on, o.packing, add_eos=False)
-        objective = kd_objective(
-            model.apply_fn(),
-            None if teacher is None else teacher.apply_fn(),
-            vocab_size=shared,
-        )
+        own, guide = model.apply_fn(), None if teacher is None else teacher.apply_fn()
+        objective = kd_objective(own, guide, vocab_size=shared)
         result |= make_evaluator(objective)(
             model.params,
             None if teacher is None else teacher.params,
             eval_batches_of(packed, o.batch_size),
         )
+        if masks:
+            texts = Texts(rows, model, o.seq_len, o.loss_on, o.batch_size)
+            taught = None if teacher is None else teacher.params
+            sums = {"student": texts.sums(objective, model.params, taught)}
+            if teacher is not None:
+                alone = kd_objective(teacher.apply_fn(), None, vocab_size=shared)
+                sums["teacher"] = texts.sums(alone, teacher.params, None)
+            found = report_slices(sums, masks[TEXT], by="nll")
+            result["slices"] = {TEXT: {name: report.plain() for name, report in found.items()}}
     if questions:
-        result |= evaluate_choices(model, teacher, questions, console)
+        models = {"student": model} if teacher is None else {"student": model, "teacher": teacher}
+        scored = score_files(models, questions, console)
+        result |= choices_result(scored)
+        for name, asked in questions.items() if masks else ():
+            sums = {m: choice_sums(asked, of[name].log_likelihoods) for m, of in scored.items()}
+            found = report_slices(sums, masks[name], by="acc")
+            plain = {name: report.plain() for name, report in found.items()}
+            result.setdefault("slices", {})[name] = plain
     return result
 
 
-def evaluate_choices(
-    model: Model,
-    teacher: Model | None,
-    questions: dict[str, list[Question]],
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Return ``choices`` and ``choices_mean`` of a model, see ``evaluate``.
+def _described(o: Evaluate, rows: Any, questions: dict[str, list[Question]]) -> dict[str, Any]:
+    """Return what is known of all that is evaluated, by its name in the results."""
+    texts = {} if rows is None else {TEXT: described(rows, o.data or "")}
+    return texts | {name: of_questions(asked, name) for name, asked in questions.items()}
 
-    The teacher's vocabulary may be another: each model reads the text with its own tokenizer.
-    Progress goes to ``console``, by default stderr.
+
+def score_files(
+    models: Mapping[str, Model],
+    questions: Mapping[str, list[Question]],
+    console: Console | None = None,
+) -> Scored:
+    """Return every model's log-likelihoods of every file's choices, and its metrics.
+
+    Vocabularies may differ: each model reads the text with its own tokenizer. Progress goes to
+    ``console``, by default stderr.
     """
-    models = {"": model} if teacher is None else {"": model, "teacher_": teacher}
-    scored: dict[str, dict[str, Any]] = {name: {} for name in questions}
+    scored: Scored = {}
     with item_progress(console) as progress:
-        for prefix, judged in models.items():
-            apply, tokenizer = judged.apply_fn(), judged.text_tokenizer()
+        for label, model in models.items():
+            apply, tokenizer = model.apply_fn(), model.text_tokenizer()
             for name, asked in questions.items():
                 total = sum(len(question.choices) for question in asked)
-                task = progress.add_task(prefix.replace("_", " ") + name, total=total)
-                metrics = score_choices(
+                task = progress.add_task(f"{label} {name}", total=total)
+                scored.setdefault(label, {})[name] = score_choices(
                     apply,
-                    judged.params,
+                    model.params,
                     tokenizer,
                     asked,
-                    max_length=judged.config.max_position_embeddings,
+                    max_length=model.config.max_position_embeddings,
                     progress=lambda done, task=task: progress.advance(task, done),
-                ).metrics
-                scored[name] |= {"teacher_acc": metrics["acc"]} if prefix else metrics
+                )
+    return scored
+
+
+def choices_result(scored: Scored) -> dict[str, Any]:
+    """Return ``choices`` and ``choices_mean`` of the student, see ``evaluate``."""
+    files: dict[str, dict[str, Any]] = {k: dict(v.metrics) for k, v in scored["student"].items()}
+    for name, found in scored.get("teacher", {}).items():
+        files[name]["teacher_acc"] = found.metrics["acc"]
     mean: dict[str, Any] = {
-        key: sum(metrics[key] for metrics in scored.values()) / len(scored)
+        key: sum(metrics[key] for metrics in files.values()) / len(files)
         for key in ("acc", "acc_norm", "bits_per_byte", "teacher_acc")
-        if key in next(iter(scored.values()))
+        if key in next(iter(files.values()))
     }
-    mean["items"] = sum(metrics["items"] for metrics in scored.values())
-    if teacher is not None:
-        for metrics in (*scored.values(), mean):
+    mean["items"] = sum(metrics["items"] for metrics in files.values())
+    if "teacher" in scored:
+        for metrics in (*files.values(), mean):
             best = metrics["teacher_acc"]
             metrics["retention"] = metrics["acc"] / best if best else None
-    return {"choices": scored, "choices_mean": mean}
+    return {"choices": files, "choices_mean": mean}

@@ -24,8 +24,9 @@ from jaxdistill.models.classifiers import NAMES, Classifier, make_classifier
 from jaxdistill.recipes.condense_data import Real, model_of, read_real
 from jaxdistill.report.condense_plots import plot_comparison
 from jaxdistill.report.progress import item_progress
-from jaxdistill.train.labelled import Labelled, held_out_rows, load_labelled, slices_of
+from jaxdistill.train.labelled import Labelled, held_out_rows, load_labelled
 from jaxdistill.train.run_directory import write_json
+from jaxdistill.train.slices import slices_of
 
 _BASELINES = ("full", *(name for name in PICKS if name != "score"))
 _USUAL = {
@@ -178,7 +179,7 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
         )
 
     test, real = read(test_data), read(train_data)
-    slices = slices_of(test_data, stored.settings.get("slices", ()), required=False)
+    slices = slices_of(test_data.described, stored.settings.get("slices", ()), required=False)
     sets = dict(_sets(o, stored, real, read))
     rest, held = held_out_rows(train_data.labels)
     held = held if len(held) else rest  # classes too small to hold any out

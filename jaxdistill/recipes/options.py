@@ -83,6 +83,9 @@ class Training(Parallel):
     rows that `jaxdistill condense` learned of the teacher (--lr stands in place of their rate)."""
     out: Path
     """Run directory: config, metrics, plots, checkpoints and the student."""
+    mix: tuple[str, ...] = ()
+    """Curated rare examples mixed into the training text, FILE:RATE, the share of all texts that
+    they shall be: rare.jsonl:0.1. They are repeated as often as that takes."""
     objective: str = "forward_kl"
     """What is minimised: NAME[:ARGUMENT=VALUE,...] or a weighted sum, as in
     0.9*forward_kl:temperature=2+0.1*ce; a value 4..1 goes from 4 to 1 over the run. `jaxdistill
@@ -136,6 +139,10 @@ class Training(Parallel):
     """Held-out text; without it every 20th row of the data is held out."""
     eval_tokens: int = 65536
     """Tokens of held-out text that are evaluated; 0 for all."""
+    slice: tuple[str, ...] = ()
+    """Named slices of the held-out text, judged one by one at the end: a column, NAME=REGEX over
+    the text, longest:SHARE, rare_words:SHARE or rare_labels:SHARE, as in longest:0.1. The one that
+    lost most is named."""
     eval_every: int = 0
     """Steps between looks at a small held-out probe; 0 for four in a run."""
     signal_every: int = 0

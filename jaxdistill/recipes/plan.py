@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import tyro
 
 from jaxdistill.errors import UserError
-from jaxdistill.evals.cost import device, matrix_params, training_flops
+from jaxdistill.evals.cost import matrix_params, training_flops
+from jaxdistill.evals.devices import device
 from jaxdistill.kd.freeze import freeze, freeze_patterns
 from jaxdistill.kd.schedule import schedule_of
 from jaxdistill.kd.states import init_projections

@@ -11,13 +11,21 @@ from rich.console import Console
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import recovered
+from jaxdistill.evals.slices import SliceReport, slice_warning
 from jaxdistill.mesh import on_primary
 from jaxdistill.models.quantized import is_quantized
 from jaxdistill.report.plots import plot_training
-from jaxdistill.report.table import markdown_table, result_table
+from jaxdistill.report.table import (
+    markdown_table,
+    result_table,
+    slices_markdown,
+    slices_table,
+)
 from jaxdistill.train.run_directory import RunDirectory, read_metrics, write_json
 
 Results = dict[str, dict[str, float | int]]
+Slices = Mapping[str, SliceReport]
+BY = "nll"  # the metric that slices are compared by
 
 
 def check_student(result: Mapping[str, float | int], lr: float) -> None:
@@ -49,18 +57,33 @@ def before_training(results: Mapping[str, Mapping[str, float | int]]) -> dict[st
     return dict(results["ptq"] if "ptq" in results else results["start"])
 
 
-def report_run(run: RunDirectory, results: Results, console: Console, title: str) -> None:
-    """Write ``results.json``, the plots and the run's README under a title; show the table."""
-    on_primary(lambda: _write(run, results, title), f"write {run.path}")
+def report_run(
+    run: RunDirectory, results: Results, console: Console, title: str, slices: Slices | None = None
+) -> None:
+    """Write ``results.json``, the plots and the run's README under a title; show the tables.
+
+    With slices their report goes to ``slices.json``.
+    """
+    plain = {name: report.plain() for name, report in (slices or {}).items()}
+    said = warnings_of(results)
+    if slices and (worst := slice_warning(slices, BY)):
+        said.append(worst)
+    on_primary(lambda: _write(run, results, title, plain, said), f"write {run.path}")
     run.close()
     console.print(result_table(results))
-    for warning in warnings_of(results):
-        console.print(f"[yellow]warning: {warning}")
+    if plain:
+        console.print(slices_table(plain, BY))
+    for warning in said:
+        console.print(f"[yellow]warning: {warning}", soft_wrap=True)
 
 
-def _write(run: RunDirectory, results: Results, title: str) -> None:
+def _write(
+    run: RunDirectory, results: Results, title: str, slices: Mapping[str, Any], said: list[str]
+) -> None:
     """Write what ``report_run`` says."""
     write_json(run.path / "results.json", results)
+    if slices:
+        write_json(run.path / "slices.json", slices)
     rows = read_metrics(run.path)
     if rows:
         plot_training(run.path / "plots", {"student": rows}, results)
@@ -74,14 +97,20 @@ def _write(run: RunDirectory, results: Results, title: str) -> None:
         f"# A jaxdistill run: {title}\n",
         markdown_table(results),
         *gap,
-        *(f"Warning: {w}.\n" for w in warnings_of(results)),
+        *(
+            [f"By slice, with 95 % bootstrap intervals:\n\n{slices_markdown(slices, BY)}"]
+            if slices
+            else []
+        ),
+        *(f"Warning: {w}.\n" for w in said),
         "| file | what it is |\n| --- | --- |\n"
         "| config.json | every option, and the versions it ran on |\n"
         "| metrics.jsonl, tensorboard/ | every step's loss, KL, agreement, speed |\n"
         "| plots/ | loss, KL and recovered gap |\n"
         "| checkpoints/ | training states, for `--resume` |\n"
         "| student/ | the student: weights (integers and scales, or float), tokenizer |\n"
-        "| results.json | the table above |\n",
+        "| results.json | the first table above |\n"
+        + ("| slices.json | every metric of every slice, with intervals |\n" if slices else ""),
         "Use it: `jaxdistill generate --model DIR --prompt ...`, `jaxdistill evaluate --model DIR "
         "--data ...`, and a quantized one: `jaxdistill export --run DIR --format gguf --out "
         "model.gguf`.\n",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from jaxdistill.errors import UserError
+from jaxdistill.evals.perplexity import make_row_evaluator
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.sequence_level import teacher_text
 from jaxdistill.kd.teacher_cache import CachedRows, check_loss, open_cache
 from jaxdistill.losses.loss import Loss
-from jaxdistill.mesh import fetch, on_primary, place_batch, wait_for_all
+from jaxdistill.mesh import on_primary, wait_for_all
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model
 from jaxdistill.recipes.cache_teacher import cache_fingerprints
@@ -25,8 +25,9 @@ from jaxdistill.recipes.prepare import check_length, eval_batches_of, pack_rows,
 from jaxdistill.train.curriculum import CurriculumBatches
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.encode import Example, encode_rows, row_form
+from jaxdistill.train.mixing import mixed_rows
 from jaxdistill.train.packing import Batch, Packed, batches, fingerprint
-from jaxdistill.train.pairing import pair_rows
+from jaxdistill.train.pairing import Paired, pair_rows
 from jaxdistill.train.prompts import prompt_rows
 from jaxdistill.train.rationale import answer_rows, rationale_rows
 
@@ -37,12 +38,14 @@ class TransferSet(NamedTuple):
     Attributes:
         rows: ``rows[i]`` is a dict of arrays, of one row or of a slice of rows.
         held: the batches that are evaluated.
+        held_rows: the texts that they were made of.
         fingerprint: of the training rows, kept with each checkpoint.
         answered: whether the rows bring their teacher's answers, and no live one trains.
     """
 
     rows: Any
     held: list[Batch]
+    held_rows: Any
     fingerprint: str
     answered: bool = False
 
@@ -61,6 +64,10 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
         rows, held_rows = cast(Any, split_rows(rows, o.data))
     else:
         held_rows = cast(Any, load_rows(o.eval_data))
+    if o.mix and (learned is not None or o.cache is not None):
+        what = "learned rows" if learned is not None else "--cache"
+        raise UserError(f"--mix given with {what}, which hold what is trained on; leave it out")
+    rows = mixed_rows(rows, o.mix)
     if o.rationale_weight is not None:
         rows = rationale_rows(rows, o.rationale_weight)
         held_rows = answer_rows(held_rows)
@@ -69,9 +76,10 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
     held = pack_rows(held_rows, student, o.seq_len, o.loss_on, add_eos=False)
     held = eval_batches_of(held, o.batch_size, o.eval_tokens)
     if learned is not None:
-        return TransferSet(learned, held, fingerprint(learned), answered=True)
+        return TransferSet(learned, held, held_rows, fingerprint(learned), answered=True)
     if loss.of_kind("cross_tokenizer"):
-        return _paired(o, rows, held, student, teachers)
+        paired = _paired(o, rows, student, teachers)
+        return TransferSet(paired, held, held_rows, fingerprint(paired))
     if o.on_policy or o.text_from == "teacher":
         check_length(o.seq_len, student)
         packed = prompt_rows(
@@ -83,8 +91,9 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
     else:
         packed = pack_rows(rows, student, o.seq_len, o.loss_on)
     if o.cache is not None:
-        return _cached(o, packed, held, student, teachers, loss)
-    return TransferSet(packed, held, fingerprint(packed))
+        cached, told = _cached(o, packed, student, teachers, loss)
+        return TransferSet(cached, held, held_rows, told, answered=True)
+    return TransferSet(packed, held, held_rows, fingerprint(packed))
 
 
 def _prompts_and_answers(rows: Any, student: Model) -> list[Example]:
@@ -109,9 +118,7 @@ def with_vocabulary(apply: Any, size: int) -> Any:
     return cut
 
 
-def _paired(
-    o: Distill, rows: Any, held: list[Batch], student: Model, teachers: list[Model]
-) -> TransferSet:
+def _paired(o: Distill, rows: Any, student: Model, teachers: list[Model]) -> Paired:
     """Return texts as both tokenizers read them, with the places where they meet."""
     if len(teachers) != 1 or o.cache is not None or o.on_policy or o.text_from == "teacher":
         raise UserError(
@@ -120,7 +127,7 @@ def _paired(
         )
     for model in (student, teachers[0]):
         check_length(o.seq_len, model)
-    paired = pair_rows(
+    return pair_rows(
         rows,
         student.text_tokenizer(),
         teachers[0].text_tokenizer(),
@@ -128,17 +135,16 @@ def _paired(
         teacher_seq_len=min(2 * o.seq_len, teachers[0].config.max_position_embeddings),
         loss_on=o.loss_on,
     )
-    return TransferSet(paired, held, fingerprint(paired))
 
 
 def _cached(
     o: Distill,
     packed: Packed,
-    held: list[Batch],
     student: Model,
     teachers: list[Model],
     loss: Loss,
-) -> TransferSet:
+) -> tuple[CachedRows, str]:
+    """Return the rows with their teacher's cached answers, and their fingerprint."""
     prints = cache_fingerprints(packed, student.text_tokenizer(), teachers)
     assert o.cache is not None
     cache = open_cache(o.cache, prints)
@@ -151,7 +157,7 @@ def _cached(
         )
     header = cache.header
     told = f"{fingerprint(packed)}, cached from {header.fingerprints['model']}, k={header.k}"
-    return TransferSet(CachedRows(packed, cache), held, told, answered=True)
+    return CachedRows(packed, cache), told
 
 
 def with_teacher_text(
@@ -220,20 +226,13 @@ def serve(
 
 def _nll_of_rows(objective: Any, params: Any, rows: Any, batch_size: int) -> np.ndarray:
     """Return each row's mean NLL by a model."""
-
-    @jax.jit
-    def nll(params, batch):
-        def one(row):
-            total, count, _ = objective(params, None, jax.tree.map(lambda x: x[None], row))
-            return total / jnp.maximum(count, 1.0)
-
-        return jax.vmap(one)(batch)
-
     names = ("tokens", "loss_mask", "positions", "segment_ids")
-    found = []
-    for at in range(0, len(rows), batch_size):
+
+    def batch(at: int) -> Batch:
         index = np.minimum(np.arange(at, at + batch_size), len(rows) - 1)
         picked = [rows[int(i)] for i in index]
-        batch = place_batch({k: np.stack([row[k] for row in picked]) for k in names})
-        found.append(fetch(nll(params, batch)))
-    return np.concatenate(found)[: len(rows)].astype(float)
+        return {k: np.stack([row[k] for row in picked]) for k in names}
+
+    made = (batch(at) for at in range(0, len(rows), batch_size))
+    total, count = make_row_evaluator(objective)(params, None, made)["nll"]
+    return (total / np.maximum(count, 1.0))[: len(rows)]

@@ -98,6 +98,107 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _slice_rows(reports: Mapping[str, Mapping[str, Any]], by: str) -> list[list[str]]:
+    """Return the head and one row a slice: what each model does, and what compares them."""
+    models = list(dict.fromkeys(m for r in reports.values() for m in r["metrics"]))
+    derived = list(dict.fromkeys(d for r in reports.values() for d in r["derived"]))
+    heads = ["slice", "items", *(f"{m} {by}" for m in models)]
+    rows = [[*heads, *(name.replace("_", " ") for name in derived)]]
+    for name, report in reports.items():
+        shown = [report["metrics"].get(m, {}).get(by) for m in models]
+        shown += [report["derived"].get(d) for d in derived]
+        cells = ["" if x is None else "{:.3f} ({:.3f} to {:.3f})".format(*x) for x in shown]
+        rows.append([name, str(report["items"]), *cells])
+    return rows
+
+
+def slices_table(reports: Mapping[str, Mapping[str, Any]], by: str, title: str = "") -> Table:
+    """Lay slices out, ``SliceReport.plain`` by name: models' metric, what compares them."""
+    heads, *rows = _slice_rows(reports, by)
+    table = Table(heads[0], title=title or None, title_justify="left")
+    for head in heads[1:]:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def slices_markdown(reports: Mapping[str, Mapping[str, Any]], by: str) -> str:
+    """Lay the same out as Markdown."""
+    heads, *rows = _slice_rows(reports, by)
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def cascade_table(report: Mapping[str, Any]) -> Table:
+    """Lay out what ``recipes.cascade`` returns: each tier alone, and the cascade, on test items."""
+    unit = "" if report["unit"] == "given" else f", {report['unit']}"
+    table = Table("test questions")
+    for head in ("accuracy", f"cost{unit}", "answered by"):
+        table.add_column(head, justify="right")
+    for name, tier in report["alone"].items():
+        table.add_row(f"{name} alone", f"{tier['accuracy']:.1%}", f"{tier['cost']:.4g}")
+    if (there := report["test"]) is not None:
+        low, high = there["interval"]
+        each = zip(report["alone"], there["shares"], strict=True)
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in each)
+        accuracy = f"{there['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+        table.add_row("cascade", accuracy, f"{there['cost']:.4g}", shares)
+    return table
+
+
+def cascade_sentence(report: Mapping[str, Any]) -> str:
+    """Say what the thresholds of ``recipes.cascade`` promise, or that there are none."""
+    target, sure = report["target_accuracy"], report["confidence"]
+    if report["thresholds"] is None:
+        best = max(tier["accuracy"] for tier in report["alone"].values())
+        return (
+            f"No threshold keeps {target:.1%} with confidence {sure:.0%}: the best tier alone has "
+            f"{best:.1%} on the test questions. Give more questions, a lower --target-accuracy, or "
+            "a person (--costs with three numbers)."
+        )
+    tiers = list(report["alone"])
+    parts = [
+        f"{tiers[i]} answers " + ("nothing" if t is None else f"where it is at least {t:.2f} sure")
+        for i, t in enumerate(report["thresholds"])
+    ]
+    return (
+        f"{'; '.join(parts)}; the rest goes to the {tiers[-1]}. With confidence {sure:.0%} the "
+        f"accuracy on such questions is at least {target:.1%}."
+    )
+
+
+def cost_table(report: Mapping[str, Any]) -> Table:
+    """Lay out what ``recipes.cost`` returns: training once, and answering all requests."""
+    title = f"{report['requests']:,.0f} requests on {report['device']}"
+    table = Table("", title=title, title_justify="left")
+    for head in ("PFLOP", "TB read", "device hours", "kWh", "price", "ms a request"):
+        table.add_column(head, justify="right", no_wrap=True)
+
+    def row(name: str, use: Mapping[str, Any], ms: str) -> None:
+        known = [use["flops"] / 1e15, use["bytes"] / 1e12, *(use[k] for k in _COSTS)]
+        table.add_row(name, *("" if x is None else f"{x:,.4g}" for x in known), ms)
+
+    row("training, once", report["training"], "")
+    table.add_section()
+    for name, use in report["answers"].items():
+        row(name, use, f"{1e3 * use['seconds_a_request']:,.3g}")
+    return table
+
+
+_COSTS = ("device_hours", "kwh", "price")
+
+
+def cost_sentence(report: Mapping[str, Any]) -> str:
+    """Say what the cascade of ``recipes.cost`` saves, and when training has paid for itself."""
+    if report["pays_after"] is None:
+        return "The cascade takes no less than the teacher alone: a greater --coverage is needed."
+    return (
+        f"The cascade takes {report['saved']:.1%} fewer device hours than the teacher alone, and "
+        f"has saved those of its training after {report['pays_after']:,.0f} requests."
+    )
+
+
 def plan_table(report: Mapping[str, Any]) -> Table:
     """Lay out what ``recipes.plan`` returns as a terminal table."""
     title = f"{report['model']} on {report['devices']} x {report['device']} ({report['mesh']})"

@@ -1,11 +1,10 @@
-"""Labelled data, texts or arrays, and the named slices of it."""
+"""Labelled data, texts or arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Float32, Int, Int32
 
 from jaxdistill.errors import UserError
 from jaxdistill.train.data import load_rows
+from jaxdistill.train.slices import Described
 from jaxdistill.train.text_file import EXEMPT, MAX_RATIO
 
 _HEADERS = {
@@ -63,6 +63,14 @@ class Labelled:
             inputs=None if self.inputs is None else self.inputs[rows],
             columns={name: [column[i] for i in rows] for name, column in self.columns.items()},
         )
+
+    @property
+    def described(self) -> Described:
+        """Return what tells an example's slices."""
+        columns = dict(self.columns)
+        if "label" not in columns:
+            columns["label"] = [self.classes[i] for i in self.labels]
+        return Described(count=len(self), texts=self.texts, columns=columns, source=self.source)
 
     def fingerprint(self) -> str:
         """Return 16 hex digits, equal for equal examples, labels and classes, in any process."""
@@ -219,63 +227,3 @@ def held_out_rows(labels: Int32[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarra
         held.append(rows[: int(share * len(rows))])
     chosen = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
-
-
-def slices_of(
-    data: Labelled, specs: Sequence[str], *, required: bool = True
-) -> dict[str, Bool[np.ndarray, "N"]]:
-    """Return which examples belong to each named slice.
-
-    Args:
-        data: the examples.
-        specs: each either ``NAME=REGEX``, the texts in which the expression is found, whatever the
-            case of letters; or the name of a column: of true and false (or 1 and 0), the slice
-            where it is true; of other values, one slice a value, named ``COLUMN=value``; an empty
-            value or null is in none.
-        required: whether a column that is not there is wrong; else it has no slice.
-
-    Raises:
-        UserError: a column is not there, an expression is none, or there are no texts for it.
-    """
-    found: dict[str, np.ndarray] = {}
-    for spec in specs:
-        name, is_pattern, pattern = spec.partition("=")
-        if is_pattern:
-            found[name] = _matching(data, name, pattern, spec)
-        elif spec in data.columns:
-            column = data.columns[spec]
-            odd = [v for v in column if v is not None and not isinstance(v, str | int | float)]
-            if odd:
-                raise UserError(
-                    f"--slice {spec} given, and that column holds {odd[0]!r}; accepted: a column "
-                    "of texts, numbers, or true and false"
-                )
-            values = {value for value in column if value not in (None, "") and value == value}
-            if values <= {True, False}:
-                found[spec] = np.asarray([bool(value) for value in column])
-                continue
-            for value in sorted(values, key=str):
-                found[f"{spec}={value}"] = np.asarray([other == value for other in column])
-        elif required:
-            raise UserError(
-                f"--slice {spec} given for data {data.source!r} with the columns "
-                f"{', '.join(data.columns) or 'none'}; accepted: one of these, or NAME=REGEX over "
-                "the text"
-            )
-    return found
-
-
-def _matching(data: Labelled, name: str, pattern: str, spec: str) -> np.ndarray:
-    if data.texts is None or not name:
-        raise UserError(
-            f"--slice {spec} given for data {data.source!r}; accepted: NAME=REGEX over texts, or "
-            "the name of a column"
-        )
-    try:
-        expression = re.compile(pattern, re.IGNORECASE)
-    except re.error as e:
-        raise UserError(
-            f"--slice {spec} given, which is no regular expression ({e}); accepted: NAME=REGEX, as "
-            "Python's re reads it; correct it"
-        ) from None
-    return np.asarray([expression.search(text) is not None for text in data.texts])

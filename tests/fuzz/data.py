@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from jaxdistill.evals.choices import load_choices
 from jaxdistill.train.data import encode_rows, load_rows, pack
-from jaxdistill.train.labelled import held_out_rows, load_labelled, slices_of
+from jaxdistill.train.labelled import held_out_rows, load_labelled
 from jaxdistill.train.pairing import pair_rows
+from jaxdistill.train.slices import slices_of
 from tests import tiny
 from tests.fuzz.reader import CHAT, Reader, each
 from tests.gguf_files import (
@@ -85,7 +86,7 @@ def _read_labelled(folder: Path) -> None:
     data = load_labelled(_only(folder))
     data.fingerprint()
     held_out_rows(data.labels)
-    slices_of(data, ["rare"], required=False)
+    slices_of(data.described, ["rare"], required=False)
     data.take(np.array([0]))
 
 

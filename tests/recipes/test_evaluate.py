@@ -1,6 +1,7 @@
 """`evaluate`: text alone, choices alone, both, beside a teacher; what it prints and refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,50 @@ def test_bad_input_is_one_line(inputs, tmp_path, capsys):
 def test_options_are_checked_before_anything_is_read():
     with pytest.raises(UserError, match="neither --data nor --choices given"):
         evaluate(Evaluate(model="none"))
+
+
+def test_slices_of_text_and_choices(inputs, tmp_path):
+    """The whole is what is found without slices; a slice is what is found on its items alone."""
+    model, data, sums, fish = inputs
+    teacher = tiny.save_model(tmp_path / "teacher", seed=3)
+    given = {"model": model, "teacher": teacher, "data": data, "seq_len": 128}
+    plain = evaluate(Evaluate(**given, packing=False, choices=(sums, fish)))
+    specs = ("second=^row 1|^1 and", "longest:0.3")
+    found = evaluate(Evaluate(**given, choices=(sums, fish), slice=specs))["slices"]
+    assert list(found) == ["text", "sums", "fish"]
+    whole = found["text"]["all"]
+    assert whole["items"] == 4
+    for name in ("nll", "kl", "agreement"):
+        assert whole["metrics"]["student"][name][0] == pytest.approx(plain[name], rel=1e-4)
+    lost = whole["metrics"]["student"]["nll"][0] - whole["metrics"]["teacher"]["nll"][0]
+    assert whole["derived"]["lost"][0] == pytest.approx(lost)
+    one = tmp_path / "one.jsonl"
+    one.write_text(Path(data).read_text().splitlines()[1])
+    alone = evaluate(Evaluate(model=model, data=str(one), seq_len=128))
+    second = found["text"]["second"]
+    assert second["items"] == 1 and len(set(second["metrics"]["student"]["nll"])) == 1
+    assert second["metrics"]["student"]["nll"][0] == pytest.approx(alone["nll"], rel=1e-4)
+    for name in ("sums", "fish"):
+        acc = found[name]["all"]["metrics"]["student"]["acc"][0]
+        assert acc == pytest.approx(plain["choices"][name]["acc"])
+        assert found[name]["second"]["items"] == 1
+
+
+def test_a_text_longer_than_a_row_is_one_item(inputs):
+    model, data, _, _ = inputs
+    found = evaluate(Evaluate(model=model, data=data, seq_len=16, slice=("longest:0.5",)))
+    assert found["slices"]["text"]["all"]["items"] == 4
+
+
+def test_slices_are_shown(inputs, capsys):
+    model, data, sums, _ = inputs
+    given = ["--model", model, "--data", data, "--choices", sums, "--seq-len", "64"]
+    main(["evaluate", *given, "--slice", "first=^row 0|^0 and"])
+    shown = capsys.readouterr().out
+    assert shown.count("first") == 2 and "student nll" in shown and "student acc" in shown
+
+
+def test_a_slice_of_no_source_is_refused(inputs):
+    model, data, sums, _ = inputs
+    with pytest.raises(UserError, match="--slice topic given"):
+        evaluate(Evaluate(model=model, data=data, choices=(sums,), slice=("topic",)))

@@ -11,7 +11,8 @@ import pytest
 
 from jaxdistill.cli import main
 from jaxdistill.errors import UserError
-from jaxdistill.evals.cost import device, forward_flops, matrix_params, training_flops
+from jaxdistill.evals.cost import forward_flops, matrix_params, training_flops
+from jaxdistill.evals.devices import device
 from jaxdistill.kd.freeze import OV_PATTERN, ov_freeze
 from jaxdistill.kd.step import adamw, init_state
 from jaxdistill.mesh import MeshShape, make_mesh, on_mesh

@@ -304,3 +304,41 @@ def test_bad_options_are_named(options, message, tmp_path):
     with pytest.raises(UserError) as e:
         Quantize(model="m", data="d", out=tmp_path, **options)
     assert str(e.value) == message
+
+
+def test_slices_are_watched_and_rare_texts_mixed_in(inputs, tmp_path, capsys):
+    model, data = inputs
+    rare = tmp_path / "rare.jsonl"
+    rare.write_text(json.dumps({"text": "over the fox row 7"}) + "\n")
+    given = {"model": model, "data": data, "eval_data": data, "out": tmp_path / "run"}
+    asked = {"slice": ("seven=row [0-9]*7", "longest:0.2"), "mix": (f"{rare}:0.25",)}
+    quantize(Quantize(**given, **asked, **(SMALL | {"steps": 2})))
+    slices = json.loads((tmp_path / "run" / "slices.json").read_text())
+    assert {name: of["items"] for name, of in slices.items()} == {
+        "all": 40,
+        "seven": 4,
+        "longest": 8,
+    }
+    for of in slices.values():
+        assert list(of["metrics"]) == ["teacher", "ptq", "student"]
+        assert set(of["derived"]) == {"lost", "gap_recovered"}
+    readme = (tmp_path / "run" / "README.md").read_text()
+    assert "| seven | 4 |" in readme and "| slices.json |" in readme
+    assert "seven" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slice": ("none=zebra",)}, "--slice none holds none of the 2 held-out texts"),
+        ({"slice": ("topic",)}, "--slice topic given for data"),
+        ({"mix": ("rare.jsonl",)}, "--mix rare.jsonl given; accepted: FILE:RATE"),
+        ({"mix": ("nowhere.jsonl:0.1",)}, "nowhere.jsonl"),
+    ],
+)
+def test_bad_slices_and_mixes_write_nothing(changes, message, inputs, tmp_path):
+    model, data = inputs
+    with pytest.raises(UserError) as e:
+        quantize(Quantize(model=model, data=data, out=tmp_path / "r", **(SMALL | changes)))
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "r").exists()

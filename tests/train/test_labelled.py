@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.train.labelled import load_labelled, slices_of
+from jaxdistill.train.labelled import load_labelled
+from jaxdistill.train.slices import slices_of
 
 ROWS = [
     {"text": "a Red fox", "label": "animal", "rare": True, "kind": "mammal"},
@@ -55,7 +56,7 @@ def test_arrays(tmp_path):
     found = load_labelled(str(path))
     np.testing.assert_allclose(found.inputs, images.astype(np.float64) / 255, rtol=1e-6)
     assert found.inputs.dtype == np.float32 and found.classes == ("0", "1", "2")
-    assert slices_of(found, ["rare"])["rare"].tolist() == (labels == 2).tolist()
+    assert slices_of(found.described, ["rare"])["rare"].tolist() == (labels == 2).tolist()
     again = load_labelled(str(path))
     assert found.fingerprint() == again.fingerprint()
     np.savez(path, inputs=np.ones((6, 3)), labels=labels)
@@ -100,7 +101,7 @@ def test_other_wrong_data(tmp_path):
 
 def test_slices(tmp_path):
     data = load_labelled(write(tmp_path / "a.jsonl", ROWS))
-    found = slices_of(data, ["rare", "kind", "red=^(a )?red"])
+    found = slices_of(data.described, ["rare", "kind", "red=^(a )?red"])
     assert {name: np.flatnonzero(mask).tolist() for name, mask in found.items()} == {
         "rare": [0, 3],
         "kind=frog": [3],
@@ -110,5 +111,5 @@ def test_slices(tmp_path):
     }
     for spec, message in (("none", "columns rare, kind"), ("x=(", "no regular expression")):
         with pytest.raises(UserError, match=message):
-            slices_of(data, [spec])
-    assert slices_of(data, ["none"], required=False) == {}
+            slices_of(data.described, [spec])
+    assert slices_of(data.described, ["none"], required=False) == {}

@@ -1,0 +1,98 @@
+"""Slices: values by hand, intervals that cover, and the slice that lost most."""
+
+import numpy as np
+import pytest
+
+from jaxdistill.errors import UserError
+from jaxdistill.evals.slices import WHOLE, report_slices, slice_warning, worst_slice
+
+RNG = np.random.default_rng(0)
+
+
+def losses(items, mean, counts=None):
+    counts = np.full(items, 10.0) if counts is None else counts
+    return {"nll": (RNG.normal(mean, 0.3, items) * counts, counts)}
+
+
+def test_values_by_hand():
+    one = np.ones(4)
+    results = {
+        "teacher": {"acc": (np.array([1.0, 1, 1, 0]), one)},
+        "ptq": {"acc": (np.array([0.0, 1, 0, 0]), one)},
+        "student": {"acc": (np.array([1.0, 1, 0, 0]), one)},
+    }
+    masks = {"last": np.array([False, False, True, True]), "none": np.zeros(4, bool)}
+    found = report_slices(results, masks, by="acc")
+    assert list(found) == [WHOLE, "last"]
+    whole = found[WHOLE]
+    assert whole.items == 4
+    assert whole.metrics["student"]["acc"].value == 0.5
+    assert {k: v.value for k, v in whole.derived.items()} == pytest.approx(
+        {"lost": 0.25, "retention": 2 / 3, "gap_recovered": 0.5}
+    )
+    assert found["last"].derived["lost"].value == 0.5
+    assert found["last"].derived["retention"].value == 0
+
+
+def test_a_mean_weighs_by_counts():
+    results = {"student": {"nll": (np.array([10.0, 1.0]), np.array([5.0, 1.0]))}}
+    found = report_slices(results, {}, by="nll")[WHOLE].metrics["student"]["nll"]
+    assert found.value == pytest.approx(11 / 6)
+    assert (found.low, found.high) == (1.0, 2.0)  # a resample may be either item alone
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """Over 300 draws of 80 items whose true NLL is 2: 95 % within a few percent."""
+    hits = []
+    for _ in range(300):
+        counts = RNG.integers(5, 40, 80).astype(float)
+        found = report_slices({"student": losses(80, 2.0, counts)}, {}, by="nll", resamples=400)
+        low, high = found[WHOLE].metrics["student"]["nll"][1:]
+        hits.append(low <= 2.0 <= high)
+    assert 0.91 <= np.mean(hits) <= 0.98
+
+
+def test_a_comparison_is_paired():
+    """The difference of two models is the same on every item, so its interval is a point."""
+    teacher = losses(50, 2.0)
+    total, counts = teacher["nll"]
+    student = {"nll": (total + 0.25 * counts, counts)}
+    found = report_slices({"teacher": teacher, "student": student}, {}, by="nll")[WHOLE]
+    assert found.derived["lost"] == pytest.approx((0.25, 0.25, 0.25))
+    spread = found.metrics["student"]["nll"]
+    assert spread.high - spread.low > 0.1
+
+
+def lossy(rare, common, items=400):
+    """Returns a student that is worse by so much on a tenth of the items, and on the others."""
+    mask = np.arange(items) % 10 == 0
+    teacher = losses(items, 2.0)
+    total, counts = teacher["nll"]
+    worse = np.where(mask, rare, common) + RNG.normal(0, 0.05, items)
+    student = {"nll": (total + worse * counts, counts)}
+    other = np.arange(items) % 7 == 0
+    return report_slices(
+        {"teacher": teacher, "student": student}, {"other": other, "rare": mask}, by="nll"
+    )
+
+
+def test_the_slice_that_lost_most_is_named():
+    reports = lossy(0.8, 0.1)
+    assert worst_slice(reports) == "rare"
+    said = slice_warning(reports, "nll") or ""
+    assert "the slice 'rare' (40 items) lost most: nll is 0." in said
+    assert "nats a token worse than the teacher's" in said and "--mix" in said
+
+
+def test_no_slice_is_named_where_all_lost_alike_or_nothing_was_lost():
+    assert worst_slice(lossy(0.1, 0.1)) is None
+    assert slice_warning(lossy(-0.2, -0.3), "nll") is None
+    alone = report_slices({"student": losses(20, 2.0)}, {"a": np.arange(20) < 5}, by="nll")
+    assert worst_slice(alone) is None
+
+
+def test_what_cannot_be_resampled():
+    with pytest.raises(UserError, match="no item given"):
+        report_slices({"student": {"nll": (np.zeros(0), np.zeros(0))}}, {}, by="nll")
+    with pytest.raises(UserError, match="1 resamples and confidence 0.95 given"):
+        report_slices({"student": losses(3, 1.0)}, {}, by="nll", resamples=1)

@@ -1,0 +1,70 @@
+"""`cost`: the three tiers in one table, each figure from the formulas of ``evals.cost``."""
+
+import json
+
+import pytest
+
+from jaxdistill.cli import main
+from jaxdistill.errors import UserError
+from jaxdistill.evals.cost import serving, stored_bytes
+from jaxdistill.evals.devices import device
+from jaxdistill.models.hub import load_config
+from jaxdistill.recipes.cost import Cost, cost
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    small = tiny.save_model(folder / "small")
+    return small, tiny.save_model(folder / "large", num_layers=6, intermediate_size=256)
+
+
+def test_the_cascade_is_the_student_and_a_share_of_the_teacher(models, capsys):
+    small, large = models
+    given = ["--student", small, "--teacher", large, "--requests", "1000", "--coverage", "0.6"]
+    more = ["--person", "0.1", "--person-price", "2", "--price", "3.6", "--json"]
+    main(["cost", *given, *more])
+    report = json.loads(capsys.readouterr().out)
+    answers = report["answers"]
+    for name in ("flops", "bytes", "device_hours", "kwh"):
+        both = answers["student"][name] + 0.4 * answers["teacher"][name]
+        assert answers["cascade"][name] == pytest.approx(both)
+    paid = answers["student"]["price"] + 0.4 * answers["teacher"]["price"] + 1000 * 0.1 * 2
+    assert answers["cascade"]["price"] == pytest.approx(paid)
+    config = load_config(large)
+    held = stored_bytes(config, 16)
+    one = serving(config, device("h100"), weights=held, prompt=512, new=128)
+    assert answers["teacher"]["device_hours"] == pytest.approx(1000 * one.seconds / 3600)
+    saved = answers["teacher"]["device_hours"] - answers["cascade"]["device_hours"]
+    assert report["saved"] == pytest.approx(saved / answers["teacher"]["device_hours"])
+    after = report["training"]["device_hours"] / (saved / 1000)
+    assert report["pays_after"] == pytest.approx(after)
+    assert set(report["formulas"]) >= {"flops", "bytes", "device_hours", "kwh", "price", "cascade"}
+
+
+def test_what_is_shown(models, capsys):
+    small, large = models
+    main(["cost", "--student", small, "--teacher", large, "--device", "v5e"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1,000,000 requests on TPU v5e" in shown and "fewer device hours" in shown
+    main(["cost", "--student", small, "--coverage", "0"])
+    assert "a greater --coverage is needed" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "abacus"}, "device 'abacus' given; accepted: a100, h100"),
+        ({"coverage": 0.9, "person": 0.2}, "1 in all at most"),
+        ({"requests": -1.0}, "--requests -1.0 given"),
+        ({"student_bits": 0}, "--student-bits 0 given"),
+        ({"mfu": 2.0}, "mfu 2.0"),
+        ({"price": -1.0}, "--price -1.0"),
+        ({"student": "nowhere/at/all"}, "nowhere"),
+    ],
+)
+def test_bad_options(changes, message, models):
+    with pytest.raises(UserError) as e:
+        cost(Cost(**({"student": models[0]} | changes)))
+    assert message in str(e.value) and "\n" not in str(e.value)
