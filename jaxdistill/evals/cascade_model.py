@@ -93,20 +93,22 @@ class CascadeModel:
         try:
             found = read_object(path)
             named = {"student": found["student"], "teacher": found["teacher"]}
-            thresholds, signal = found["thresholds"], str(found["signal"])
-            normalized = bool(found["normalized"])
-        except (OSError, ValueError, KeyError) as e:
+            signal, normalized = str(found["signal"]), bool(found["normalized"])
+            target, sure = found["target_accuracy"], found["confidence"]
+            known = found["thresholds"]
+            if known is not None:
+                known = [NEVER if t is None else float(t) for t in known]
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{path} is no cascade ({type(e).__name__}: {e}); make one by `jaxdistill cascade "
                 "--out`"
             ) from None
-        if thresholds is None:
+        if known is None:
             raise UserError(
-                f"{path} holds no thresholds, for none reached {found['target_accuracy']} with "
-                f"confidence {found['confidence']}; make one for a lower --target-accuracy"
+                f"{path} holds no thresholds, for none reached {target} with confidence {sure}; "
+                "make one for a lower --target-accuracy"
             )
         models = {name: load_model(source) for name, source in named.items()}
-        known = [NEVER if t is None else float(t) for t in thresholds]
         return cls(models, known, signal=signal, normalized=normalized)
 
     def __call__(self, context: str, choices: Sequence[str]) -> Answer:
@@ -114,7 +116,15 @@ class CascadeModel:
         return self.answer([(context, choices)])[0]
 
     def answer(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[Answer]:
-        """Answer (context, choices) pairs; each model sees those that came to it, together."""
+        """Answer (context, choices) pairs; each model sees those that came to it, together.
+
+        Raises:
+            UserError: a question has fewer than two choices, or an empty one.
+        """
+        if bad := [q for q in questions if len(q[1]) < 2 or not all(q[1])]:
+            raise UserError(
+                f"the choices {list(bad[0][1])} given; accepted: two texts or more, none empty"
+            )
         asked = [Question(context=c, choices=tuple(given), label=0) for c, given in questions]
         answers: list[Answer | None] = [None] * len(asked)
         waiting = np.arange(len(asked))

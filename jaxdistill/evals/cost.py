@@ -80,8 +80,9 @@ def serving(
 ) -> Use:
     """Return what one request takes of a device that answers ``batch`` of them at once.
 
-    The prompt is read in one pass, ``prompt * forward_flops`` and the weights' bytes; each new
-    token reads the weights and the request's own keys and values again. Requests that are answered
+    The prompt is read in one pass, ``prompt * forward_flops`` and the weights' bytes, which gives
+    the first new token; each one after it reads the weights and the request's own keys and values
+    again. Requests that are answered
     together share the reading of weights (Pope et al., arXiv 2211.05102).
 
     Args:
@@ -109,7 +110,8 @@ def serving(
     attended = min(seen, config.sliding_window or seen)
     one = 2.0 * matrix_params(config) + 4.0 * config.num_layers * width * attended
     read = shared + attended * cache_bytes(config)
-    return total([first, used(new * one, new * read, target, **reached)])
+    later = max(0, new - 1)
+    return total([first, used(later * one, later * read, target, **reached)])
 
 
 def training(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def devices(file: Path | None = None) -> dict[str, Device]:
     try:
         given: Any = parse_json(file.read_bytes())
         return found | {k: _device(v) for k, v in given.items() if k != "_"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(
             f"devices {file} cannot be read ({type(e).__name__}: {e}); accepted: {_FORM}"
         ) from None
@@ -71,6 +72,8 @@ def _device(d: dict[str, Any]) -> Device:
     )
     if not min(made.peak_flops, made.memory, made.bandwidth) > 0:
         raise ValueError(f"{made.name} has a peak, memory or bandwidth that is not above 0")
+    if not all(x is None or 0 <= x < math.inf for x in (made.watts, made.price)):
+        raise ValueError(f"{made.name} has a power or price below 0")
     return made
 
 

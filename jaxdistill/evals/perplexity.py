@@ -56,7 +56,7 @@ def make_row_evaluator(
         def one(row):
             return objective(params, teacher_params, jax.tree.map(lambda x: x[None], row))[2]
 
-        return jax.vmap(one)(batch)
+        return jax.lax.map(one, batch)  # one by one, so that chunks of logits stay as small
 
     def evaluate(params, teacher_params, batches) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         found = [

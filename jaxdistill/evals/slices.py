@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,11 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxdistill.errors import UserError
+from jaxdistill.train.slices import WHOLE
 
 # By metric, of each item: (sum, count); the metric is the sums' total over the counts'.
 ItemSums = Mapping[str, tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]]
-WHOLE = "all"  # the slice that every item is in
 _AT_ONCE = 2**22  # numbers of a block of resamples
+LEAST_ITEMS = 10  # of a slice that is named as the one that lost most
 _DOWN = ("acc", "acc_norm", "agreement")  # metrics that are better when greater
 
 
@@ -34,8 +36,9 @@ class SliceReport:
         items: how many are in it.
         metrics: by model and metric.
         derived: by metric, what compares models: ``retention`` (student over teacher, of
-            accuracies), ``gap_recovered`` ((PTQ - student) / (PTQ - teacher), of losses) and
-            ``lost`` (how much worse the student is than the teacher).
+            accuracies), ``gap_recovered`` ((PTQ - student) / (PTQ - teacher), of losses),
+            ``lost`` (how much worse the student is than the teacher) and ``excess`` (how much more
+            was lost than on all other items; its interval is widened for the number of slices).
     """
 
     items: int
@@ -43,11 +46,18 @@ class SliceReport:
     derived: Mapping[str, Interval]
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON holds it; an interval is a list of value, low and high."""
+        """Return it as JSON holds it; an interval is a list of value, low and high.
+
+        A number that is not there (a share of nothing, a mean over nothing) is None.
+        """
+
+        def known(found: Mapping[str, Interval]) -> dict[str, list[float | None]]:
+            return {k: [x if math.isfinite(x) else None for x in v] for k, v in found.items()}
+
         return {
             "items": self.items,
-            "metrics": {m: {k: list(v) for k, v in of.items()} for m, of in self.metrics.items()},
-            "derived": {k: list(v) for k, v in self.derived.items()},
+            "metrics": {model: known(of) for model, of in self.metrics.items()},
+            "derived": known(self.derived),
         }
 
 
@@ -87,11 +97,17 @@ def report_slices(
     items = len(next(iter(next(iter(results.values())).values()))[0])
     if not items:
         raise UserError("no item given to evaluate; accepted: one or more")
-    found = {}
-    for name, mask in {WHOLE: np.ones(items, bool), **masks}.items():
-        if mask.any():
-            drawn = _Resampled(np.flatnonzero(mask), resamples, np.random.default_rng(seed))
-            found[name] = _report(results, drawn, by, confidence)
+    kept = {name: mask for name, mask in masks.items() if mask.any()}
+    found, lost = {}, {}
+    for name, mask in {WHOLE: np.ones(items, bool), **kept}.items():
+        drawn = _Resampled(np.flatnonzero(mask), resamples, np.random.default_rng(seed))
+        found[name], lost[name] = _report(results, drawn, by, confidence)
+        if name != WHOLE and lost[name] is not None and not mask.all():
+            rest = _Resampled(np.flatnonzero(~mask), resamples, np.random.default_rng([seed, 1]))
+            excess = lost[name] - _report(results, rest, by, confidence)[1]
+            wide = 1 - (1 - confidence) / len(kept)  # Bonferroni
+            derived = {**found[name].derived, "excess": _interval(excess, wide)}
+            found[name] = dataclasses.replace(found[name], derived=derived)
     return found
 
 
@@ -115,16 +131,18 @@ class _Resampled:
             return drawn[:, 0] / drawn[:, 1]
 
 
+def _interval(values: np.ndarray, confidence: float) -> Interval:
+    """Return the first value, and the percentiles of the others that are finite."""
+    known = values[1:][np.isfinite(values[1:])]
+    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+    low, high = np.quantile(known, tails) if known.size else (np.nan, np.nan)
+    return Interval(float(values[0]), float(low), float(high))
+
+
 def _report(
     results: Mapping[str, ItemSums], drawn: _Resampled, by: str, confidence: float
-) -> SliceReport:
-    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
-
-    def interval(values: np.ndarray) -> Interval:
-        known = values[1:][np.isfinite(values[1:])]
-        low, high = np.quantile(known, tails) if known.size else (np.nan, np.nan)
-        return Interval(float(values[0]), float(low), float(high))
-
+) -> tuple[SliceReport, Any]:
+    """Return a slice's report, and what was lost on it and on its resamples."""
     means = {
         model: {metric: drawn.means(*pair) for metric, pair in of.items()}
         for model, of in results.items()
@@ -141,23 +159,28 @@ def _report(
                 derived["retention"] = own / best
             if start is not None:
                 derived["gap_recovered"] = (start - own) / (start - best)
-    return SliceReport(
+    report = SliceReport(
         items=drawn.index.size,
-        metrics={m: {k: interval(v) for k, v in of.items()} for m, of in means.items()},
-        derived={name: interval(values) for name, values in derived.items()},
+        metrics={
+            m: {k: _interval(v, confidence) for k, v in of.items()} for m, of in means.items()
+        },
+        derived={name: _interval(values, confidence) for name, values in derived.items()},
     )
+    return report, derived.get("lost")
 
 
 def worst_slice(reports: Mapping[str, SliceReport]) -> str | None:
-    """Return the slice that lost most; None where none surely lost more than all items together.
+    """Return the slice that lost most; None where none surely lost more than the other items.
 
-    That is: the low end of what it lost is above what all lost.
+    That is: the low end of its ``excess`` is above 0, and so is what it lost. Slices of fewer than
+    ``LEAST_ITEMS`` are not named, since the bootstrap of so few is too narrow.
     """
-    if WHOLE not in reports or "lost" not in reports[WHOLE].derived:
-        return None
-    whole = reports[WHOLE].derived["lost"].value
-    lost = {name: report.derived["lost"] for name, report in reports.items() if name != WHOLE}
-    sure = {name: found.value for name, found in lost.items() if found.low > max(whole, 0.0)}
+    sure = {
+        name: report.derived["lost"].value
+        for name, report in reports.items()
+        if name != WHOLE and report.items >= LEAST_ITEMS and "excess" in report.derived
+        if report.derived["excess"].low > 0 and report.derived["lost"].low > 0
+    }
     return max(sure, key=lambda name: sure[name]) if sure else None
 
 
@@ -167,9 +190,9 @@ def slice_warning(reports: Mapping[str, SliceReport], by: str) -> str | None:
     if name is None:
         return None
     unit = "" if by in _DOWN else " nats a token"
-    here, whole = (reports[n].derived["lost"] for n in (name, WHOLE))
+    lost, excess = (reports[name].derived[k] for k in ("lost", "excess"))
     return (
-        f"the slice {name!r} ({reports[name].items} items) lost most: {by} is {here.value:.3f}"
-        f"{unit} worse than the teacher's ({here.low:.3f} to {here.high:.3f}), {whole.value:.3f} "
-        "over all; give more of it, as with --mix FILE:0.1"
+        f"the slice {name!r} ({reports[name].items} items) lost most: {by} is {lost.value:.3f}"
+        f"{unit} worse than the teacher's, {excess.value:.3f} ({excess.low:.3f} to "
+        f"{excess.high:.3f}) more than on the other items; give more of it, as with --mix FILE:0.1"
     )

@@ -149,6 +149,11 @@ def attend_cudnn(
             f"attention by cudnn of {q_BTNH.dtype} numbers given; accepted: bfloat16 (--dtype "
             "bfloat16), or another attention"
         )
+    if mask_BTS is not None and q_BTNH.shape[1] % 2:
+        raise UserError(
+            f"attention by cudnn of texts in rows of {q_BTNH.shape[1]} tokens given; accepted: an "
+            "even number"
+        )
     try:
         return jax.nn.dot_product_attention(
             q_BTNH,

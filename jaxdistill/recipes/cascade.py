@@ -23,7 +23,7 @@ from jaxdistill.evals.cascade import (
 from jaxdistill.evals.cascade_model import SETTINGS, choose
 from jaxdistill.evals.choices import Question, load_choices
 from jaxdistill.evals.cost import forward_flops
-from jaxdistill.evals.likelihood import encode_pair
+from jaxdistill.evals.likelihood import encode_pair, row_lengths
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.recipes.evaluate import score_files
 from jaxdistill.report.cascade_plots import plot_cascade
@@ -93,8 +93,8 @@ def cascade(o: Cascade, console: Console | None = None) -> dict[str, Any]:
     found = calibrate(own, o.target_accuracy, confidence=o.confidence)
     curve = coverage_curve(*test[:2])
     report = {
-        "student": o.student,
-        "teacher": o.teacher,
+        "student": _place(o.student),
+        "teacher": _place(o.teacher),
         "data": o.data,
         "signal": o.signal,
         "normalized": o.by == "acc_norm",
@@ -135,8 +135,11 @@ def _check(o: Cascade) -> None:
             f"--person-accuracy {o.person_accuracy} given with {len(o.costs)} costs; accepted: 0 "
             "to 1, beside three costs"
         )
-    if o.limit < 0:
-        raise UserError(f"--limit {o.limit} given; accepted: 0 (all) or more")
+    for name, value in (("limit", o.limit), ("seed", o.seed)):
+        if value < 0:
+            raise UserError(f"--{name} {value} given; accepted: 0 or more")
+    if o.out is not None and o.out.exists() and not o.out.is_dir():
+        raise UserError(f"--out {o.out} is a file; accepted: a directory, new or not")
 
 
 def _tiers(
@@ -164,19 +167,24 @@ def _tiers(
 
 
 def _gflops(model: Model, questions: list[Question]) -> float:
-    """Return what scoring a question costs on average: its context once, and each choice."""
-    tokenizer, total = model.text_tokenizer(), 0.0
+    """Return what scoring a question takes on average, by the rows that the model runs over."""
+    tokenizer, longest, total = model.text_tokenizer(), model.config.max_position_embeddings, 0.0
     for q in questions:
         space = " " if q.context else ""
         pairs = [encode_pair(tokenizer, q.context, space + choice) for choice in q.choices]
-        tokens = len(pairs[0].context) + sum(len(p.continuation) for p in pairs)
-        total += tokens * forward_flops(model.config, tokens)
+        total += sum(n * forward_flops(model.config, n) for n in row_lengths(pairs, longest))
     return total / len(questions) / 1e9
 
 
 def _some(tier: Tier, rows: np.ndarray) -> Tier:
     sure = None if tier.confidence is None else tier.confidence[rows]
     return tier._replace(correct=tier.correct[rows], confidence=sure)
+
+
+def _place(model: str) -> str:
+    """Return where a model lies, from wherever it is looked for; a hub name as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
 
 
 def _plain(threshold: float) -> float | None:

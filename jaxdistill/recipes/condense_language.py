@@ -34,6 +34,7 @@ from jaxdistill.recipes.prepare import pack_rows
 from jaxdistill.recipes.student_init import student_from
 from jaxdistill.recipes.trainee import Trainee
 from jaxdistill.train.data import load_rows
+from jaxdistill.train.mixing import mixed_rows
 from jaxdistill.train.packing import Packed, batches, fingerprint
 from jaxdistill.train.run_directory import RunDirectory
 
@@ -48,7 +49,7 @@ def learn_rows(
             then.
     """
     assert o.model is not None  # says Condense
-    rows = load_rows(o.data)
+    rows = mixed_rows(load_rows(o.data), o.mix)
     model = load_model(o.model).floats()
     packed = pack_rows(rows, model, o.seq_len)
     picked = _first_rows(o, packed)

@@ -173,7 +173,12 @@ class Condense(Parallel):
     per_slice: int = 0
     """Examples of each slice at least, within the whole."""
     slice: tuple[str, ...] = ()
-    """Named rare slices: a column of the data, or NAME=REGEX over the text."""
+    """Named rare slices: a column of the data, NAME=REGEX over the text, longest:SHARE,
+    rare_words:SHARE or rare_labels:SHARE."""
+    mix: tuple[str, ...] = ()
+    """Where rows of embeddings are learned: curated rare texts mixed into the data, FILE:RATE, the
+    share that they shall be of all texts. In what is selected --slice and --per-slice keep rare
+    examples."""
     seed: int = 0
     """Of everything random."""
     checkpoint_every: int = 0
@@ -214,6 +219,11 @@ class Condense(Parallel):
             )
         self._check_rows()
         self._check_words()
+        if self.mix and (self.examples is None or not self.learns):
+            raise UserError(
+                "--mix given; accepted with --examples and --method meta-gradient; elsewhere "
+                "--slice and --per-slice keep rare examples"
+            )
         if bool(self.slice) != bool(self.per_slice):
             raise UserError("--slice and --per-slice belong together; give both, or neither")
         self._check_effects()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from jaxdistill.errors import UserError
-from jaxdistill.evals.cost import Use, cascade_use, serving, stored_bytes, training
+from jaxdistill.evals.cost import Use, cache_bytes, cascade_use, serving, stored_bytes, training
 from jaxdistill.evals.devices import device
 from jaxdistill.kd.freeze import freeze_patterns
 from jaxdistill.models.hub import load_config
@@ -54,7 +55,7 @@ class Cost:
     seq_len: int = 512
     """Tokens of a training row."""
     freeze: str = "ov"
-    """Left untrained, see `jaxdistill quantize`."""
+    """Left untrained: ov, none, or a regex over parameter paths."""
     mfu: float = 0.4
     """Share of the device's operations that is reached."""
     mbu: float = 0.6
@@ -69,8 +70,9 @@ def cost(o: Cost) -> dict[str, Any]:
     Returns:
         ``device``; ``training``, of the student; ``answers``: by ``teacher``, ``student``,
         ``cascade`` what all requests take: ``flops``, ``bytes``, ``device_hours``, ``kwh``,
-        ``price`` (null where unknown; the cascade's with what people are paid) and
-        ``seconds_a_request``, the time of a request alone at this batch; ``saved``, the share of
+        ``price`` (null where unknown) and ``seconds_a_request``, the time of a batch; ``people``,
+        what people are paid for the requests that come to them; ``fits``, whether weights, keys and
+        values fit into one device; ``saved``, the share of
         the teacher's device hours that the cascade saves; ``pays_after``, requests after which
         training has paid for itself; ``formulas``, how each figure was made.
 
@@ -78,6 +80,7 @@ def cost(o: Cost) -> dict[str, Any]:
         UserError: an option is impossible, or a model or file cannot be read.
     """
     _check(o)
+    frozen = _frozen(o.freeze)
     target = device(o.device, o.devices)
     if o.price is not None:
         target = dataclasses.replace(target, price=o.price)
@@ -91,18 +94,15 @@ def cost(o: Cost) -> dict[str, Any]:
     small = serving(student, target, weights=held["student"], **how)
     large = serving(teacher, target, weights=held["teacher"], **how)
     nothing = Use(0.0, 0.0, 0.0, 0.0, 0.0)
-    shares = (o.coverage, 1 - o.coverage - o.person, o.person)
+    shares = (o.coverage, max(0.0, 1 - o.coverage - o.person), o.person)
     both = cascade_use([small, large, nothing], shares)
-    if both.price is not None:
-        both = both._replace(price=both.price + o.person * o.person_price)
-    patterns = "|".join(f"(?:{p})" for p in freeze_patterns(o.freeze)) or None
     trained = training(
         student,
         target,
         tokens=o.tokens,
         seq_len=o.seq_len,
         teacher=teacher,
-        frozen=patterns,
+        frozen=frozen,
         mfu=o.mfu,
     )
     answers = {"teacher": large, "student": small, "cascade": both}
@@ -110,6 +110,11 @@ def cost(o: Cost) -> dict[str, Any]:
     return {
         "device": target.name,
         "requests": o.requests,
+        "people": o.requests * o.person * o.person_price,
+        "fits": {
+            name: held[name] + o.batch * (o.prompt + o.new) * cache_bytes(c) <= target.memory
+            for name, c in (("student", student), ("teacher", teacher))
+        },
         "training": _shown(trained),
         "answers": {
             name: _shown(use.times(o.requests)) | {"seconds_a_request": use.seconds * o.batch}
@@ -123,19 +128,34 @@ def cost(o: Cost) -> dict[str, Any]:
 
 
 FORMULAS = {
-    "flops": "prompt * (2 N + 2 L T W) + new * (2 N + 4 L W (prompt + new / 2)): N weights of "
-    "linear layers and head, L layers, W query heads times their width, T the prompt (PaLM, arXiv "
-    "2204.02311, appendix B, a token attending to half of T)",
-    "bytes": "(1 + new) * weights / batch + new * (prompt + new / 2) * keys and values of a token, "
-    "2 bytes each (Pope et al., arXiv 2211.05102)",
+    "flops": "prompt * (2 N + 2 L T W) + (new - 1) * (2 N + 4 L W (prompt + new / 2)): N weights "
+    "of linear layers and head, L layers, W query heads times their width, T the prompt (PaLM, "
+    "arXiv 2204.02311, appendix B, a token attending to half of T)",
+    "bytes": "max(1, new) * weights / batch + (new - 1) * (prompt + new / 2) * keys and values of "
+    "a token, 2 bytes each (Pope et al., arXiv 2211.05102)",
     "device_hours": "prompt and answer each max(flops / (peak * mfu), bytes / (bandwidth * mbu)) / "
     "3600 (roofline, Williams et al. 2009); peak and bandwidth from data sheets, see devices.json",
     "kwh": "device_hours * greatest power / 1000",
-    "price": "device_hours * price of an hour; of a cascade, and person * person_price",
+    "price": "device_hours * price of an hour; people are paid requests * person * person_price",
     "cascade": "student + (1 - coverage) * teacher + person's",
     "training": "tokens * (3 forward passes of the student, less frozen weights' gradients, and "
     "one of the teacher), at mfu",
 }
+
+
+def _frozen(freeze: str) -> str | None:
+    """Return the regex of what is frozen; raise ``UserError`` where it is none."""
+    if freeze == "auto":
+        raise UserError("--freeze auto needs the weights; accepted here: ov, none, or a regex")
+    pattern = "|".join(f"(?:{p})" for p in freeze_patterns(freeze)) or None
+    try:
+        re.compile(pattern or "")
+    except re.error as e:
+        raise UserError(
+            f"--freeze {freeze} given, which is no regular expression ({e}); accepted: ov, none, "
+            "or a regex over parameter paths"
+        ) from None
+    return pattern
 
 
 def _check(o: Cost) -> None:
@@ -146,7 +166,7 @@ def _check(o: Cost) -> None:
     for name, bits in (("student-bits", o.student_bits), ("teacher-bits", o.teacher_bits)):
         if not 1 <= bits <= 32:
             raise UserError(f"--{name} {bits} given; accepted: 1 to 32")
-    if o.coverage < 0 or o.person < 0 or o.coverage + o.person > 1:
+    if o.coverage < 0 or o.person < 0 or o.coverage + o.person > 1 + 1e-9:
         raise UserError(
             f"--coverage {o.coverage} and --person {o.person} given; accepted: shares of 0 or "
             "more, 1 in all at most"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import recovered
@@ -74,7 +75,7 @@ def report_run(
     if plain:
         console.print(slices_table(plain, BY))
     for warning in said:
-        console.print(f"[yellow]warning: {warning}", soft_wrap=True)
+        console.print(f"[yellow]warning: {escape(warning)}", soft_wrap=True)
 
 
 def _write(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 _COLUMNS = (
@@ -107,7 +108,11 @@ def _slice_rows(reports: Mapping[str, Mapping[str, Any]], by: str) -> list[list[
     for name, report in reports.items():
         shown = [report["metrics"].get(m, {}).get(by) for m in models]
         shown += [report["derived"].get(d) for d in derived]
-        cells = ["" if x is None else "{:.3f} ({:.3f} to {:.3f})".format(*x) for x in shown]
+        known = [x is not None and None not in x for x in shown]
+        cells = [
+            "{:.3f} ({:.3f} to {:.3f})".format(*x) if k and x is not None else ""
+            for x, k in zip(shown, known, strict=True)
+        ]
         rows.append([name, str(report["items"]), *cells])
     return rows
 
@@ -119,14 +124,15 @@ def slices_table(reports: Mapping[str, Mapping[str, Any]], by: str, title: str =
     for head in heads[1:]:
         table.add_column(head, justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 
 def slices_markdown(reports: Mapping[str, Mapping[str, Any]], by: str) -> str:
     """Lay the same out as Markdown."""
     heads, *rows = _slice_rows(reports, by)
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    said = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *said]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -153,8 +159,9 @@ def cascade_sentence(report: Mapping[str, Any]) -> str:
     if report["thresholds"] is None:
         best = max(tier["accuracy"] for tier in report["alone"].values())
         return (
-            f"No threshold keeps {target:.1%} with confidence {sure:.0%}: the best tier alone has "
-            f"{best:.1%} on the test questions. Give more questions, a lower --target-accuracy, or "
+            f"No threshold was found that keeps {target:.1%} with confidence {sure:.0%}, from the "
+            f"careful side on; the best tier alone has {best:.1%} on the test questions. Give "
+            "more questions, a lower --target-accuracy, or "
             "a person (--costs with three numbers)."
         )
     tiers = list(report["alone"])
@@ -191,6 +198,9 @@ _COSTS = ("device_hours", "kwh", "price")
 
 def cost_sentence(report: Mapping[str, Any]) -> str:
     """Say what the cascade of ``recipes.cost`` saves, and when training has paid for itself."""
+    large = [name for name, fits in report["fits"].items() if not fits]
+    if large:
+        return f"The {large[0]} does not fit into one {report['device']}: these figures are void."
     if report["pays_after"] is None:
         return "The cascade takes no less than the teacher alone: a greater --coverage is needed."
     return (

@@ -10,7 +10,6 @@ from jaxtyping import Int
 
 from jaxdistill.errors import UserError
 from jaxdistill.train.data import load_rows
-from jaxdistill.train.labelled import Labelled, load_labelled
 
 
 def parse_mix(text: str) -> tuple[str, float]:
@@ -93,43 +92,3 @@ def mixed_rows(rows: Any, mixes: Sequence[str]) -> Any:
         return rows
     parsed = [parse_mix(text) for text in mixes]
     return MixedRows([rows, *(load_rows(p) for p, _ in parsed)], [rate for _, rate in parsed])
-
-
-def mixed_labelled(data: Labelled, mixes: Sequence[str]) -> Labelled:
-    """Return labelled data with those of files mixed in; as they are without any.
-
-    Raises:
-        UserError: a text is no mix, its file cannot be read, or its examples are of other classes
-            or another kind.
-    """
-    if not mixes:
-        return data
-    parsed = [parse_mix(text) for text in mixes]
-    sources = [data, *(load_labelled(path, classes=data.classes) for path, _ in parsed)]
-    for other in sources[1:]:
-        shapes = [None if d.inputs is None else d.inputs.shape[1:] for d in (data, other)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"--mix {other.source} and --data {data.source} differ in kind or shape; accepted: "
-                "texts with texts, arrays of one shape"
-            )
-    source, row = mixed_order([len(d) for d in sources], [rate for _, rate in parsed])
-    return _joined(sources).take(np.cumsum([0, *map(len, sources)])[source] + row)
-
-
-def _joined(sources: Sequence[Labelled]) -> Labelled:
-    first = sources[0]
-    names = dict.fromkeys(name for d in sources for name in d.columns)
-    columns = {
-        name: [v for d in sources for v in d.columns.get(name, [None] * len(d))] for name in names
-    }
-    texts = None if first.texts is None else [t for d in sources for t in d.texts or ()]
-    arrays = [d.inputs for d in sources if d.inputs is not None]
-    return Labelled(
-        labels=np.concatenate([d.labels for d in sources]),
-        classes=first.classes,
-        texts=texts,
-        inputs=np.concatenate(arrays) if arrays else None,
-        columns=columns,
-        source=first.source,
-    )

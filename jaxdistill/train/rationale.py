@@ -36,7 +36,8 @@ def answer_rows(rows: Iterable[Mapping[str, Any]]) -> datasets.Dataset:
     for row in rows:
         asked = _question(row)
         asked["instruction"] = ANSWER + asked["instruction"]
-        found.append(asked | {"output": row["output"]})
+        kept = {name: value for name, value in row.items() if name != "rationale"}
+        found.append(kept | asked)
     return datasets.Dataset.from_list(found)
 
 

@@ -18,6 +18,7 @@ FORMS = (
     "a column, NAME=REGEX over the text, or longest:SHARE, rare_words:SHARE, rare_labels:SHARE as "
     "in longest:0.1"
 )
+WHOLE = "all"  # the slice that every example is in
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -89,17 +90,25 @@ def slices_of(
     for spec in specs:
         name, is_pattern, pattern = spec.partition("=")
         kind, is_share, share = spec.partition(":")
+        made: dict[str, np.ndarray] = {}
         if is_pattern:
-            found[name] = _matching(data, name, pattern, spec)
+            made = {name: _matching(data, name, pattern, spec)}
         elif spec in data.columns:
-            found |= _of_column(spec, data.columns[spec])
+            made = _of_column(spec, data.columns[spec])
         elif is_share and kind in _BY_FREQUENCY:
-            found[kind] = _BY_FREQUENCY[kind](data, _share(share, spec), spec)
+            if required or kind != "rare_labels" or "label" in data.columns:
+                made = {spec: _BY_FREQUENCY[kind](data, _share(share, spec), spec)}
         elif required:
             raise UserError(
                 f"--slice {spec} given for data {data.source!r} with the columns "
                 f"{', '.join(data.columns) or 'none'}; accepted: one of these, or {FORMS}"
             )
+        if taken := [name for name in made if name in found or name == WHOLE]:
+            raise UserError(
+                f"--slice {spec} given, and the name {taken[0]!r} is taken; accepted: slices of "
+                "different names; choose another"
+            )
+        found |= made
     return found
 
 
@@ -178,8 +187,14 @@ def _rare_labels(data: Described, share: float, spec: str) -> np.ndarray:
             "accepted: rows that have one"
         )
     labels = data.columns["label"]
+    odd = [v for v in labels if v is not None and not isinstance(v, str | int | float)]
+    if odd:
+        raise UserError(
+            f"--slice {spec} given, and the column `label` holds {odd[0]!r}; accepted: texts or "
+            "numbers"
+        )
     seen = Counter(labels)
-    return np.asarray([seen[label] <= share * len(labels) for label in labels])
+    return np.asarray([v is not None and seen[v] <= share * len(labels) for v in labels])
 
 
 _BY_FREQUENCY: dict[str, Callable[[Described, float, str], np.ndarray]] = {

@@ -53,16 +53,16 @@ TARGET = Device(
 
 
 def test_what_a_request_takes_by_hand():
-    """A prompt of 10 tokens in one pass, then 4 more that each read the weights again."""
+    """A prompt of 10 tokens in one pass, then 3 more tokens that each read the weights again."""
     linear = 2 * matrix_params(CONFIG)
     width = CONFIG.num_heads * CONFIG.head_dim
     found = serving(CONFIG, TARGET, weights=8e6, prompt=10, new=4, batch=2, mfu=0.5, mbu=0.25)
     first = 10 * (linear + 4 * LAYERS * width * 5)
-    later = 4 * (linear + 4 * LAYERS * width * 12)
+    later = 3 * (linear + 4 * LAYERS * width * 12)
     assert found.flops == pytest.approx(first + later)
     kept = 2 * LAYERS * CONFIG.num_kv_heads * CONFIG.head_dim * 2  # bytes of a token, 16 bits
-    assert found.bytes == pytest.approx(5 * 4e6 + 4 * 12 * kept)
-    slow = (4e6 + (4 * (4e6 + 12 * kept))) / 0.25e9  # reading takes longer than computing
+    assert found.bytes == pytest.approx(4 * 4e6 + 3 * 12 * kept)
+    slow = (4e6 + (3 * (4e6 + 12 * kept))) / 0.25e9  # reading takes longer than computing
     assert found.seconds == pytest.approx(slow)
     assert found.joules == pytest.approx(100 * slow)
     assert found.price == pytest.approx(0.001 * slow)
@@ -108,7 +108,15 @@ def test_devices_of_a_file_join_the_known_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"a": 3}', '{"a": {"name": "a", "tflops": 1, "gib": 1, "gb_per_s": 0}}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"a": 3}',
+        '{"a": {"name": "a", "tflops": 1, "gib": 1, "gb_per_s": 0}}',
+        '{"a": {"name": "a", "tflops": 1, "gib": 1e400, "gb_per_s": 1}}',
+        '{"a": {"name": "a", "tflops": 1, "gib": 1, "gb_per_s": 1, "price": -1}}',
+    ],
 )
 def test_a_damaged_file_of_devices(text, tmp_path):
     path = tmp_path / "devices.json"

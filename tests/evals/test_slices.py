@@ -31,7 +31,10 @@ def test_values_by_hand():
         {"lost": 0.25, "retention": 2 / 3, "gap_recovered": 0.5}
     )
     assert found["last"].derived["lost"].value == 0.5
+    assert found["last"].derived["excess"].value == 0.5  # nothing was lost on the first two
     assert found["last"].derived["retention"].value == 0
+    nothing = report_slices({"student": {"nll": (one[:2], 0 * one[:2])}}, {}, by="nll")[WHOLE]
+    assert nothing.plain()["metrics"] == {"student": {"nll": [None, None, None]}}
 
 
 def test_a_mean_weighs_by_counts():
@@ -82,6 +85,7 @@ def test_the_slice_that_lost_most_is_named():
     said = slice_warning(reports, "nll") or ""
     assert "the slice 'rare' (40 items) lost most: nll is 0." in said
     assert "nats a token worse than the teacher's" in said and "--mix" in said
+    assert "more than on the other items" in said
 
 
 def test_no_slice_is_named_where_all_lost_alike_or_nothing_was_lost():
@@ -89,6 +93,23 @@ def test_no_slice_is_named_where_all_lost_alike_or_nothing_was_lost():
     assert slice_warning(lossy(-0.2, -0.3), "nll") is None
     alone = report_slices({"student": losses(20, 2.0)}, {"a": np.arange(20) < 5}, by="nll")
     assert worst_slice(alone) is None
+
+
+@pytest.mark.parametrize("size", [2, 12, 40])
+def test_slices_that_lost_no_more_than_others_are_rarely_named(size):
+    """Twenty slices of the same kind; in at most 1 of 15 draws one of them is named by chance."""
+    named = []
+    for _ in range(60):
+        items = 20 * size
+        teacher = losses(items, 2.0)
+        total, counts = teacher["nll"]
+        student = {"nll": (total + RNG.normal(0.2, 0.3, items) * counts, counts)}
+        masks = {f"s{i}": np.arange(items) // size == i for i in range(20)}
+        reports = report_slices(
+            {"teacher": teacher, "student": student}, masks, by="nll", resamples=2000
+        )
+        named.append(worst_slice(reports) is not None)
+    assert np.mean(named) <= (0.0 if size == 2 else 4 / 15)
 
 
 def test_what_cannot_be_resampled():

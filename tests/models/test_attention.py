@@ -188,5 +188,8 @@ def test_what_cannot_attend_says_so():
     with pytest.raises(UserError, match="by cudnn of float32 numbers given; accepted: bfloat16"):
         make_attend("cudnn", mask)(q, k, v)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    odd, segments = [x[:, :7] for x in half], jnp.ones((2, 7), jnp.int32)
+    with pytest.raises(UserError, match="rows of 7 tokens given; accepted: an even number"):
+        make_attend("cudnn", mask[:, :7, :7], segments)(*odd)
     with pytest.raises(UserError, match="it cannot be: cuDNN is not detected. Choose"):
         make_attend("cudnn", mask)(*half)

@@ -7,6 +7,7 @@ import pytest
 
 from jaxdistill.cli import main
 from jaxdistill.errors import UserError
+from jaxdistill.evals.cascade import Operating, Outcome, choice_confidence
 from jaxdistill.evals.cascade_model import Answer, CascadeModel, choose
 from jaxdistill.evals.choices import Question, load_choices, score_choices
 from jaxdistill.models.hub import load_model
@@ -34,6 +35,14 @@ def inputs(tmp_path_factory):
     return (*models, str(data))
 
 
+def scored_by(source, questions):
+    model = load_model(source)
+    tokenizer = model.text_tokenizer()
+    return score_choices(
+        model.apply_fn(), model.params, tokenizer, questions, max_length=128
+    ).log_likelihoods
+
+
 @pytest.fixture(scope="module")
 def made(inputs, tmp_path_factory):
     student, teacher, data = inputs
@@ -56,19 +65,36 @@ def test_the_report(made, inputs):
     assert report["curve"]["accuracy"][-1] == pytest.approx(ends["student"])  # it answers all
 
 
-def test_what_is_served_is_what_was_reported(made, inputs):
-    out, report = made
-    student, _, data = inputs
+@pytest.mark.parametrize("by", ["acc", "acc_norm"])
+def test_what_is_served_is_what_was_reported(by, inputs, tmp_path, monkeypatch):
+    """With a threshold that sends about half of the test questions on to the teacher."""
+    student, teacher, data = inputs
     questions = load_choices(data)
+    scores = {
+        name: choose(questions, scored_by(source, questions), normalized=by == "acc_norm")
+        for name, source in (("student", student), ("teacher", teacher))
+    }
+    sure = choice_confidence(scores["student"])["max_probability"]
+    middle = float(np.median(sure))
+    found = Operating((middle,), Outcome(0.5, 1.0, (0.5, 0.5)))
+    monkeypatch.setattr("jaxdistill.recipes.cascade.calibrate", lambda *_, **__: found)
+    given = {"student": student, "teacher": teacher, "data": data, "target_accuracy": 0.5}
+    report = cascade(Cascade(**given, by=by, out=tmp_path / "c"))
     order = np.random.default_rng(0).permutation(60)[30:]
     test = [questions[i] for i in order]
-    serve = CascadeModel.load(out)
+    serve = CascadeModel.load(tmp_path / "c")
     answers = serve.answer([(q.context, q.choices) for q in test])
+    for i, answer in zip(order, answers, strict=True):
+        tier = "student" if sure[i] >= middle else "teacher"
+        assert (answer.tier, answer.choice) == (tier, np.argmax(scores[tier][i]))
     shares = [np.mean([a.tier == name for a in answers]) for name in ("student", "teacher")]
+    assert 0.2 < shares[0] < 0.8
     assert shares == pytest.approx(report["test"]["shares"])
     right = np.mean([a.choice == q.label for a, q in zip(answers, test, strict=True)])
     assert right == pytest.approx(report["test"]["accuracy"])
     assert serve(test[0].context, test[0].choices) == answers[0]
+    with pytest.raises(UserError, match="accepted: two texts or more, none empty"):
+        serve("q", ["one"])
 
 
 def test_a_person_answers_what_no_model_is_sure_of(inputs):
@@ -106,7 +132,7 @@ def test_no_threshold_may_be_trusted(inputs, tmp_path, capsys):
     student, teacher, data = inputs
     given = ["--student", student, "--teacher", teacher, "--data", data]
     main(["cascade", *given, "--target-accuracy", "0.99", "--out", str(tmp_path / "c")])
-    assert "No threshold keeps 99.0%" in " ".join(capsys.readouterr().out.split())
+    assert "No threshold was found that keeps 99.0%" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match="no thresholds, for none reached 0.99"):
         CascadeModel.load(tmp_path / "c")
 
@@ -125,6 +151,7 @@ def test_choices_by_bytes():
         ({"calibration": 0.0}, "--calibration 0.0 given"),
         ({"costs": (1.0,)}, "accepted: two, of student and teacher, or three"),
         ({"person_accuracy": 0.9}, "--person-accuracy 0.9 given with 0 costs"),
+        ({"seed": -1}, "--seed -1 given"),
         ({"limit": 3}, "holds 3 questions; accepted: 4 or more"),
         ({"data": "nowhere.jsonl"}, "does not exist"),
     ],
@@ -139,23 +166,18 @@ def test_bad_options(changes, message, inputs, tmp_path):
 
 
 def test_a_damaged_directory(tmp_path):
-    (tmp_path / "cascade.json").write_text('{"student": 1')
-    with pytest.raises(UserError, match="is no cascade"):
-        CascadeModel.load(tmp_path)
+    whole = {"student": "s", "teacher": "t", "signal": "margin", "normalized": False}
+    whole |= {"target_accuracy": 0.5, "confidence": 0.9}
+    for text in ('{"student": 1', *(json.dumps(whole | {"thresholds": t}) for t in (3, ["a"]))):
+        (tmp_path / "cascade.json").write_text(text)
+        with pytest.raises(UserError, match="is no cascade"):
+            CascadeModel.load(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def scored(inputs):
-    student, _, data = inputs
-    model, questions = load_model(student), load_choices(data)
-    return score_choices(
-        model.apply_fn(), model.params, model.text_tokenizer(), questions, max_length=128
-    )
-
-
-def test_the_student_alone_is_what_evaluate_finds(made, scored, inputs):
+def test_the_student_alone_is_what_evaluate_finds(made, inputs):
     _, report = made
+    questions = load_choices(inputs[2])
+    scores = scored_by(inputs[0], questions)
     order = np.random.default_rng(0).permutation(60)[30:]
-    labels = [q.label for q in load_choices(inputs[2])]
-    right = [np.argmax(scored.log_likelihoods[i]) == labels[i] for i in order]
+    right = [np.argmax(scores[i]) == questions[i].label for i in order]
     assert report["alone"]["student"]["accuracy"] == pytest.approx(np.mean(right))

@@ -287,6 +287,7 @@ def test_bad_input_is_one_line_and_writes_nothing(points, texts, tmp_path, capsy
     assert "has no use for it" in said(*per, "--method", "kernel-ridge", "--learn-rates")
     assert "belong together" in said(*per, "--slice", "rare")
     assert "--slice x given" in said(*per, "--slice", "x", "--per-slice", "1")
+    assert "--mix given; accepted with" in said(*per, "--mix", "rare.jsonl:0.1")
     assert "quota" in said("--data", points, "--per-class", "21")
     assert "a convnet reads images" in said(*per, "--architecture", "convnet")
     assert "none.jsonl" in said("--data", str(tmp_path / "none.jsonl"), "--per-class", "1")

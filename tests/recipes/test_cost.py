@@ -30,8 +30,10 @@ def test_the_cascade_is_the_student_and_a_share_of_the_teacher(models, capsys):
     for name in ("flops", "bytes", "device_hours", "kwh"):
         both = answers["student"][name] + 0.4 * answers["teacher"][name]
         assert answers["cascade"][name] == pytest.approx(both)
-    paid = answers["student"]["price"] + 0.4 * answers["teacher"]["price"] + 1000 * 0.1 * 2
+    paid = answers["student"]["price"] + 0.4 * answers["teacher"]["price"]
     assert answers["cascade"]["price"] == pytest.approx(paid)
+    assert report["people"] == pytest.approx(1000 * 0.1 * 2)
+    assert report["fits"] == {"student": True, "teacher": True}
     config = load_config(large)
     held = stored_bytes(config, 16)
     one = serving(config, device("h100"), weights=held, prompt=512, new=128)
@@ -52,6 +54,19 @@ def test_what_is_shown(models, capsys):
     assert "a greater --coverage is needed" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("coverage", [0.9, 0.8, 0.7, 1.0])
+def test_shares_that_are_all_the_requests(coverage, models):
+    found = cost(Cost(student=models[0], coverage=coverage, person=round(1 - coverage, 2)))
+    assert found["answers"]["cascade"]["flops"] > 0
+
+
+def test_a_model_that_does_not_fit(models, tmp_path):
+    path = tmp_path / "devices.json"
+    path.write_text('{"small": {"name": "s", "tflops": 1, "gib": 0.0001, "gb_per_s": 1}}')
+    found = cost(Cost(student=models[0], teacher=models[1], device="small", devices=path))
+    assert found["fits"] == {"student": False, "teacher": False}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -60,6 +75,8 @@ def test_what_is_shown(models, capsys):
         ({"requests": -1.0}, "--requests -1.0 given"),
         ({"student_bits": 0}, "--student-bits 0 given"),
         ({"mfu": 2.0}, "mfu 2.0"),
+        ({"freeze": "("}, "--freeze ( given, which is no regular expression"),
+        ({"freeze": "auto"}, "accepted here: ov, none, or a regex"),
         ({"price": -1.0}, "--price -1.0"),
         ({"student": "nowhere/at/all"}, "nowhere"),
     ],

@@ -317,11 +317,12 @@ def test_slices_are_watched_and_rare_texts_mixed_in(inputs, tmp_path, capsys):
     assert {name: of["items"] for name, of in slices.items()} == {
         "all": 40,
         "seven": 4,
-        "longest": 8,
+        "longest:0.2": 8,
     }
     for of in slices.values():
         assert list(of["metrics"]) == ["teacher", "ptq", "student"]
-        assert set(of["derived"]) == {"lost", "gap_recovered"}
+        assert {"lost", "gap_recovered"} <= set(of["derived"])
+    assert "excess" in slices["seven"]["derived"] and "excess" not in slices["all"]["derived"]
     readme = (tmp_path / "run" / "README.md").read_text()
     assert "| seven | 4 |" in readme and "| slices.json |" in readme
     assert "seven" in capsys.readouterr().err

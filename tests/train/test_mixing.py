@@ -7,8 +7,7 @@ import pytest
 
 from jaxdistill.errors import UserError
 from jaxdistill.train.data import load_rows
-from jaxdistill.train.labelled import load_labelled
-from jaxdistill.train.mixing import mixed_labelled, mixed_order, mixed_rows, parse_mix
+from jaxdistill.train.mixing import mixed_order, mixed_rows, parse_mix
 
 
 @pytest.mark.parametrize(("extra", "rate"), [(3, 0.1), (3, 0.5), (500, 0.2), (1, 0.02)])
@@ -42,19 +41,6 @@ def test_rows_of_files(tmp_path):
     assert [row["text"] for row in rows if "text" in row] == [f"c{i}" for i in range(8)]
     assert all(None not in row.values() for row in rows)
     assert mixed_rows(common, []) is common
-
-
-def test_labelled_texts(tmp_path):
-    data = [{"text": f"t{i}", "label": i % 2, "kind": "common"} for i in range(18)]
-    rare = [{"text": "odd", "label": 1, "note": "n"}]
-    path = write(tmp_path / "rare.jsonl", rare)
-    labelled = load_labelled(write(tmp_path / "a.jsonl", data))
-    found = mixed_labelled(labelled, [f"{path}:0.1"])
-    assert len(found) == 20 and found.classes == labelled.classes
-    odd = [i for i, text in enumerate(found.texts or []) if text == "odd"]
-    assert len(odd) == 2 and all(found.labels[i] == 1 for i in odd)
-    assert [found.columns["kind"][i] for i in odd] == [None, None]
-    assert found.columns["note"][odd[0]] == "n" and found.columns["note"][0] is None
 
 
 @pytest.mark.parametrize("text", ["rare.jsonl", "rare.jsonl:2", ":0.1", "rare.jsonl:some"])
