@@ -27,7 +27,7 @@ from jaxdistill.report.table import slices_markdown
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared" / "data"
-STEPS, RATE, HELD = 32, 0.2, (12, 12)  # texts held out: stories, sums
+STEPS, RATE, HELD = 24, 0.2, (10, 10)  # texts held out: stories, sums
 
 
 def read(name: str, start: int, stop: int | None) -> list[dict[str, Any]]:
