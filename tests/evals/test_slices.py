@@ -45,9 +45,9 @@ def test_a_mean_weighs_by_counts():
 
 
 def test_intervals_cover_as_often_as_they_say():
-    """Over 300 draws of 80 items whose true NLL is 2: 95 % within a few percent."""
+    """Over 200 draws of 80 items whose true NLL is 2: 95 % within a few percent."""
     hits = []
-    for _ in range(300):
+    for _ in range(200):
         counts = RNG.integers(5, 40, 80).astype(float)
         found = report_slices({"student": losses(80, 2.0, counts)}, {}, by="nll", resamples=400)
         low, high = found[WHOLE].metrics["student"]["nll"][1:]
@@ -95,21 +95,21 @@ def test_no_slice_is_named_where_all_lost_alike_or_nothing_was_lost():
     assert worst_slice(alone) is None
 
 
-@pytest.mark.parametrize("size", [2, 12, 40])
+@pytest.mark.parametrize("size", [2, 20])
 def test_slices_that_lost_no_more_than_others_are_rarely_named(size):
-    """Twenty slices of the same kind; in at most 1 of 15 draws one of them is named by chance."""
+    """Eight slices of the same kind; hardly ever one of them is named by chance."""
     named = []
-    for _ in range(60):
-        items = 20 * size
+    for _ in range(30):
+        items = 8 * size
         teacher = losses(items, 2.0)
         total, counts = teacher["nll"]
         student = {"nll": (total + RNG.normal(0.2, 0.3, items) * counts, counts)}
-        masks = {f"s{i}": np.arange(items) // size == i for i in range(20)}
+        masks = {f"s{i}": np.arange(items) // size == i for i in range(8)}
         reports = report_slices(
-            {"teacher": teacher, "student": student}, masks, by="nll", resamples=2000
+            {"teacher": teacher, "student": student}, masks, by="nll", resamples=500
         )
         named.append(worst_slice(reports) is not None)
-    assert np.mean(named) <= (0.0 if size == 2 else 4 / 15)
+    assert np.mean(named) <= (0.0 if size == 2 else 0.2)
 
 
 def test_what_cannot_be_resampled():
