@@ -90,7 +90,7 @@ def main() -> None:
             report = json.loads((out / "slices.json").read_text())
             said = [x for x in (out / "README.md").read_text().splitlines() if "lost most" in x]
             lines += [f"## {name} ({minutes:.1f} minutes)\n", slices_markdown(report, "nll")]
-            lines += [said[0] + "\n" if said else "No slice surely lost more than the whole.\n"]
+            lines += [said[0] + "\n" if said else "No slice surely lost more than the others.\n"]
     (HERE / "results" / "rare_slices.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
