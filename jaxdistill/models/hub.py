@@ -139,8 +139,8 @@ def load_config(source: str | Path) -> ModelConfig:
     """Read a model's shape alone: no weights are read.
 
     Args:
-        source: the name of a config that comes with the package, a config.json, an HF directory or
-            a ``.gguf`` file.
+        source: the name of a config that comes with the package, a config.json, an HF directory, a
+            run directory (its student) or a ``.gguf`` file.
 
     Raises:
         UserError: it is none of these, or cannot be read.
@@ -151,11 +151,13 @@ def load_config(source: str | Path) -> ModelConfig:
         return config_from_hf(json.loads(file.read_text()))
     if path.suffix.lower() == ".gguf":
         return read_gguf_config(path)
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        inside = path / "student" / "config.json"  # of a run
+        path = inside if inside.is_file() else path / "config.json"
     if not path.is_file():
         raise UserError(
             f"{source} does not exist; accepted: {', '.join(names)}, a config.json, a Hugging Face "
-            "model directory, or a .gguf file"
+            "model directory, a run directory, or a .gguf file"
         )
     return config_from_hf(read_json(path, "a model's config.json"))
 

@@ -131,7 +131,9 @@ def _job(o: Analyze) -> Quantize:
     try:
         options = read_object(o.run / "config.json")["options"]
         known = {field.name for field in dataclasses.fields(Quantize)}
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in options.items()
+        }
         return Quantize(out=o.run, **{k: v for k, v in plain.items() if k in known})
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UserError(

@@ -1,6 +1,7 @@
 """`cost`: the three tiers in one table, each figure from the formulas of ``evals.cost``."""
 
 import json
+import shutil
 
 import pytest
 
@@ -52,6 +53,14 @@ def test_what_is_shown(models, capsys):
     assert "1,000,000 requests on TPU v5e" in shown and "fewer device hours" in shown
     main(["cost", "--student", small, "--coverage", "0"])
     assert "a greater --coverage is needed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_directory_is_its_student(models, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"options": {}}')
+    shutil.copytree(models[1], run / "student")
+    assert cost(Cost(student=str(run))) == cost(Cost(student=models[1]))
 
 
 @pytest.mark.parametrize("coverage", [0.9, 0.8, 0.7, 1.0])
