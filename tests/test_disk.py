@@ -47,7 +47,8 @@ def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypat
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(_disk.fcntl, "flock", none)
-    DirectoryLock(tmp_path).close()
+    with DirectoryLock(tmp_path), DirectoryLock(tmp_path):  # nobody can be told from the other
+        assert (tmp_path / ".lock").read_text() == ""  # so nobody is said to hold it
 
 
 @pytest.mark.parametrize(

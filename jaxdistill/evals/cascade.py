@@ -19,6 +19,7 @@ from jaxdistill.errors import UserError
 
 Confidence = Float[np.ndarray, "N"]
 Correct = Bool[np.ndarray, "N"]
+SIGNALS = ("max_probability", "margin", "entropy")  # of ``choice_confidence``
 NEVER = np.inf  # the threshold of a tier that never answers
 
 
@@ -88,9 +89,6 @@ def choice_confidence(log_likelihoods: Sequence[Float[np.ndarray, "_"]]) -> dict
         found["margin"].append(first - second)
         found["entropy"].append(1 - np.sum(special.entr(p)) / np.log(p.size))
     return {name: np.clip(values, 0.0, 1.0) for name, values in found.items()}
-
-
-SIGNALS = ("max_probability", "margin", "entropy")
 
 
 def text_confidence(token_log_probs: Sequence[Float[np.ndarray, "_"]]) -> Confidence:

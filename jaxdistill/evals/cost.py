@@ -82,8 +82,8 @@ def serving(
 
     The prompt is read in one pass, ``prompt * forward_flops`` and the weights' bytes, which gives
     the first new token; each one after it reads the weights and the request's own keys and values
-    again. Requests that are answered
-    together share the reading of weights (Pope et al., arXiv 2211.05102).
+    again. Requests that are answered together share the reading of weights (Pope et al., arXiv
+    2211.05102).
 
     Args:
         config: the model's shape.
