@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers bench bench-full bench-large lint format clean
+.PHONY: help demo test test-peers bench bench-full bench-large docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s%s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ bench-full: $(PEERS)/.installed ## time steps at SmolLM2-135M's shapes beside Py
 bench-large: $(PEERS)/.installed ## time steps of a 1B model's shapes, on a GPU of 80 GB
 	$(PEERS)/bin/python -m benchmarks --large
 
+docs: $(VENV)/.docs ## build the documentation into site/
+	$(VENV)/bin/python -m mkdocs build --strict
+
 lint: $(VENV)/.installed ## check style, format and types
 	$(VENV)/bin/ruff check $(LINTED)
 	$(VENV)/bin/ruff format --check $(LINTED)
@@ -60,7 +63,7 @@ format: $(VENV)/.installed ## sort imports, mend what ruff can mend, format
 	$(VENV)/bin/ruff format $(LINTED)
 
 clean: ## remove the virtual environments, caches and build outputs; runs/ stays
-	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps. A stamp newer than what it depends on means that there is nothing to do; a change
@@ -88,6 +91,10 @@ $(PEERS)/.installed: $(PEERS)/.created pyproject.toml
 	@echo "Installing jaxdistill, PyTorch and the peers into $(PEERS) (some minutes the first time)"
 	@$(PEERS)/bin/python -m pip install --quiet $(TORCH)
 	@$(PEERS)/bin/python -m pip install --quiet --editable . --group peers
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(VENV)/bin/python -m pip install --quiet --group docs
 	@touch $@
 
 $(VENV)/.model $(PEERS)/.model: %/.model: %/.installed

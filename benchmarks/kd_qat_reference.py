@@ -17,8 +17,9 @@ from pathlib import Path
 from jaxdistill.evals.perplexity import recovered
 from jaxdistill.recipes.demo import embedded_model, peak_mib
 from jaxdistill.recipes.quantize import Quantize, quantize
-from jaxdistill.report.plots import plot_training
+from jaxdistill.report.plots import draw_training
 from jaxdistill.report.table import markdown_table
+from jaxdistill.report.theme import write_pictures
 from jaxdistill.train.run_directory import read_metrics
 
 HERE = Path(__file__).parent
@@ -71,7 +72,7 @@ def main() -> None:
     text += f"{o.loss_on} tokens, {o.steps} steps of 4 x 128 tokens, 2 CPU cores, float32.\n\n"
     text += markdown_table(results) + "\n" + "\n".join(lines) + f"\nPeak memory {peak_mib()} MiB.\n"
     (HERE / "results" / f"{o.name}.md").write_text(text)
-    plot_training(HERE / "results" / o.name, runs, results)
+    write_pictures(HERE / "results" / o.name, draw_training(runs, results))
     print(text)
 
 

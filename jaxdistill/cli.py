@@ -32,6 +32,7 @@ from jaxdistill.recipes.objectives import (
     objectives_table,
 )
 from jaxdistill.recipes.parallel import join_hosts
+from jaxdistill.recipes.pilot import Pilot, pilot
 from jaxdistill.recipes.plan import Plan, plan
 from jaxdistill.recipes.quantize import Quantize, quantize
 from jaxdistill.report.table import (
@@ -48,6 +49,7 @@ from jaxdistill.report.table import (
 from jaxdistill.train.preemption import Stopped, ended_by_sigterm
 
 VERBS = {
+    "pilot": Pilot,
     "quantize": Quantize,
     "distill": Distill,
     "evaluate": Evaluate,
@@ -73,6 +75,10 @@ def run(options: Any) -> None:
             sys.stdout = open(os.devnull, "w")
     out = Console()
     match options:
+        case Pilot():
+            report = pilot(options)
+            if options.json:
+                print(json.dumps(report))
         case Quantize():
             results = quantize(options)
             if options.json:

@@ -119,10 +119,15 @@ def route(confidences: Sequence[Confidence], thresholds: Sequence[float]) -> Int
 def outcome(tiers: Sequence[Tier], thresholds: Sequence[float]) -> Outcome:
     """Return what the cascade does with the items that ``tiers`` were run on."""
     took = route(_confidences(tiers), thresholds)
-    correct = np.stack([t.correct for t in tiers])[took, np.arange(took.size)]
+    correct = _of_tier([t.correct for t in tiers], took)
     paid = np.cumsum([t.cost for t in tiers])[took]
     shares = tuple(float(np.mean(took == i)) for i in range(len(tiers)))
     return Outcome(float(np.mean(correct)), float(np.mean(paid)), shares)
+
+
+def _of_tier(values: Sequence[np.ndarray], took: np.ndarray) -> np.ndarray:
+    """Return each item's value of the tier that answers it."""
+    return np.stack(values)[took, np.arange(took.size)]
 
 
 def _confidences(tiers: Sequence[Tier]) -> list[Confidence]:
@@ -167,12 +172,21 @@ def coverage_curve(student: Tier, teacher: Tier) -> Curve:
 
 
 def calibrate(
-    tiers: Sequence[Tier], target: float, *, confidence: float = 0.95, grid: int = 101
+    tiers: Sequence[Tier],
+    target: float | None = None,
+    *,
+    max_drop: float | None = None,
+    confidence: float = 0.95,
+    grid: int = 101,
 ) -> Operating | None:
-    """Return the cheapest thresholds whose accuracy is at least ``target``, with a guarantee.
+    """Return the cheapest thresholds that keep a promise; None where none can be trusted to.
 
-    With probability ``confidence`` over the draw of the calibration items, the cascade's accuracy
-    on items of the same kind is at least ``target``; None where no thresholds can be trusted to.
+    With probability ``confidence`` over the draw of the calibration items, on items of the same
+    kind the cascade's accuracy is at least ``target``; or, with ``max_drop``, at most that much
+    below the last tier's, for no greater share of the items is answered wrongly that the last
+    tier has right. The second promise compares the tiers on the same items, and so needs fewer
+    of them.
+
     Thresholds are tested from the most careful on, and the first that fails ends the search: Learn
     then Test's fixed sequences (Angelopoulos et al., arXiv 2110.01052), by exact binomial tests.
     With three tiers each threshold of the second starts a sequence of its own, and the error rate
@@ -181,27 +195,37 @@ def calibrate(
     Args:
         tiers: what each did with the calibration items, cheapest first.
         target: accuracy wanted, in 0..1.
+        max_drop: accuracy that may be lost, in 0..1; one of the two is given.
         confidence: of the guarantee, in 0..1.
         grid: thresholds tried in 0..1; the items do not choose them, or the guarantee were void.
     """
     if len(tiers) not in (2, 3):
         raise UserError(f"{len(tiers)} tiers given; accepted: two or three")
-    for name, value in (("target accuracy", target), ("confidence", confidence)):
-        if not 0 < value < 1:
+    if (target is None) == (max_drop is None):
+        raise UserError(
+            f"target accuracy {target} and greatest drop {max_drop} given; accepted: one of them"
+        )
+    wanted = target if max_drop is None else max_drop
+    for name, value in (("target accuracy or drop", wanted), ("confidence", confidence)):
+        if value is None or not 0 < value < 1:
             raise UserError(f"{name} {value} given; accepted: between 0 and 1")
     careful = [NEVER, *np.linspace(1.0, 0.0, grid)]
     later = careful[:: max(1, grid // 10)] if len(tiers) == 3 else [None]
     error = (1 - confidence) / len(later)
+    confidences, correct = _confidences(tiers), [t.correct for t in tiers]
+    count = correct[0].size
     passed: list[Operating] = []
     for second in later:
         for first in careful:
             thresholds = (first,) if second is None else (first, second)
-            found = outcome(tiers, thresholds)
-            count = tiers[0].correct.size
-            right = round(found.accuracy * count)
-            if special.bdtrc(right - 1, count, target) > error:  # P(as many or more | target)
+            right = _of_tier(correct, route(confidences, thresholds))
+            if max_drop is not None:  # P(so few are harmed, or fewer | the greatest drop)
+                risk = special.bdtr(np.sum(correct[-1] & ~right), count, max_drop)
+            else:  # P(so many are right, or more | target)
+                risk = special.bdtrc(np.sum(right) - 1, count, target)
+            if risk > error:
                 break
-            passed.append(Operating(thresholds, found))
+            passed.append(Operating(thresholds, outcome(tiers, thresholds)))
     return min(passed, key=lambda o: o.outcome.cost, default=None)
 
 

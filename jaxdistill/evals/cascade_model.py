@@ -94,7 +94,7 @@ class CascadeModel:
             found = read_object(path)
             named = {"student": found["student"], "teacher": found["teacher"]}
             signal, normalized = str(found["signal"]), bool(found["normalized"])
-            target, sure = found["target_accuracy"], found["confidence"]
+            target, drop, sure = (found[k] for k in ("target_accuracy", "max_drop", "confidence"))
             known = found["thresholds"]
             if known is not None:
                 known = [NEVER if t is None else float(t) for t in known]
@@ -105,8 +105,9 @@ class CascadeModel:
             ) from None
         if known is None:
             raise UserError(
-                f"{path} holds no thresholds, for none reached {target} with confidence {sure}; "
-                "make one for a lower --target-accuracy"
+                f"{path} holds no thresholds, for none kept "
+                + (f"{target}" if drop is None else f"a drop of at most {drop}")
+                + f" with confidence {sure}; make one for less, or of more questions"
             )
         models = {name: load_model(source) for name, source in named.items()}
         return cls(models, known, signal=signal, normalized=normalized)

@@ -60,6 +60,18 @@ class SliceReport:
             "derived": known(self.derived),
         }
 
+    @classmethod
+    def from_plain(cls, found: Mapping[str, Any]) -> SliceReport:
+        """Return the report that ``plain`` wrote."""
+
+        def read(values: Mapping[str, Any]) -> dict[str, Interval]:
+            return {
+                k: Interval(*(math.nan if x is None else x for x in v)) for k, v in values.items()
+            }
+
+        metrics = {model: read(of) for model, of in found["metrics"].items()}
+        return cls(items=found["items"], metrics=metrics, derived=read(found["derived"]))
+
 
 def report_slices(
     results: Mapping[str, ItemSums],

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.resources
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def load_config(source: str | Path) -> ModelConfig:
 
     Args:
         source: the name of a config that comes with the package, a config.json, an HF directory, a
-            run directory (its student) or a ``.gguf`` file.
+            run directory (its student), a ``.gguf`` file, or the name of a model on the Hugging
+            Face Hub, of which config.json alone is fetched.
 
     Raises:
         UserError: it is none of these, or cannot be read.
@@ -154,10 +155,11 @@ def load_config(source: str | Path) -> ModelConfig:
     if path.is_dir():
         inside = path / "student" / "config.json"  # of a run
         path = inside if inside.is_file() else path / "config.json"
+    elif not path.exists() and isinstance(source, str) and _HUB_NAME.fullmatch(source):
+        path = _fetch(source, ["config.json"]) / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{source} does not exist; accepted: {', '.join(names)}, a config.json, a Hugging Face "
-            "model directory, a run directory, or a .gguf file"
+            f"{source} does not exist; accepted: {', '.join(names)}, a config.json, {ACCEPTED}"
         )
     return config_from_hf(read_json(path, "a model's config.json"))
 
@@ -217,15 +219,15 @@ def cached_hub_name(source: str) -> str | None:
     return source if isinstance(found, str) else None
 
 
-def _fetch(name: str) -> Path:
-    """Return the local copy of a hub model, downloading what it lacks."""
+def _fetch(name: str, files: Sequence[str] = _HUB_FILES) -> Path:
+    """Return the local copy of a hub model's files, downloading what it lacks."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         # "*" matches "/" too: keep to the files at the top.
         path = huggingface_hub.snapshot_download(
-            name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
+            name, allow_patterns=list(files), ignore_patterns=["*/*"]
         )
     except GatedRepoError:
         raise UserError(

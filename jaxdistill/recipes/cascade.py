@@ -26,7 +26,8 @@ from jaxdistill.evals.cost import forward_flops
 from jaxdistill.evals.likelihood import encode_pair, row_lengths
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.recipes.evaluate import score_files
-from jaxdistill.report.cascade_plots import plot_cascade
+from jaxdistill.report.cascade_plots import draw_cascade
+from jaxdistill.report.theme import write_pictures
 from jaxdistill.train.run_directory import write_json
 
 _FILE = "questions"
@@ -43,10 +44,13 @@ class Cascade:
     data: str
     """Questions: a .jsonl[.gz] file of {"context", "choices", "label"}. One part of them chooses
     the threshold, the others tell what it does."""
-    target_accuracy: float
+    target_accuracy: float | None = None
     """Accuracy wanted of the whole, between 0 and 1."""
+    max_drop: float | None = None
+    """In place of it: accuracy that may be lost against the last tier alone, 0.02 for two of a
+    hundred answers. It needs fewer questions, for the models are compared on the same ones."""
     confidence: float = 0.95
-    """Probability, over the draw of the questions, that the accuracy is kept."""
+    """Probability, over the draw of the questions, that this is kept."""
     signal: Literal["max_probability", "margin", "entropy"] = "max_probability"
     """What a model's confidence is: its choice's probability, that less the next one's, or 1 less
     the entropy over its greatest."""
@@ -64,7 +68,7 @@ class Cascade:
     seed: int = 0
     """Of the split, and of the person's mistakes."""
     out: Path | None = None
-    """Directory of cascade.json, which `CascadeModel.load` serves, and of the picture."""
+    """Directory of cascade.json, which `CascadeModel.load` serves, and of plots/."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object as the last line."""
 
@@ -73,7 +77,7 @@ def cascade(o: Cascade, console: Console | None = None) -> dict[str, Any]:
     """Return what ``cascade.json`` holds.
 
     The options; ``questions`` of each part; ``thresholds`` of student and, before a person, teacher
-    (null for never), or null where none can be trusted to keep the target; ``unit`` of costs;
+    (null for never), or null where none can be trusted to keep what is wanted; ``unit`` of costs;
     ``calibration`` and ``test``, each ``accuracy``, ``cost`` and ``shares`` of the tiers, of the
     test the exact 95 % interval of the accuracy; ``alone``, accuracy and cost of each tier without
     the others on the test part; ``curve`` of student and teacher there.
@@ -90,7 +94,7 @@ def cascade(o: Cascade, console: Console | None = None) -> dict[str, Any]:
     order = np.random.default_rng(o.seed).permutation(len(questions))
     cut = min(max(1, round(o.calibration * order.size)), order.size - 1)
     own, test = ([_some(t, part) for t in tiers] for part in (order[:cut], order[cut:]))
-    found = calibrate(own, o.target_accuracy, confidence=o.confidence)
+    found = calibrate(own, o.target_accuracy, max_drop=o.max_drop, confidence=o.confidence)
     curve = coverage_curve(*test[:2])
     report = {
         "student": _place(o.student),
@@ -99,6 +103,7 @@ def cascade(o: Cascade, console: Console | None = None) -> dict[str, Any]:
         "signal": o.signal,
         "normalized": o.by == "acc_norm",
         "target_accuracy": o.target_accuracy,
+        "max_drop": o.max_drop,
         "confidence": o.confidence,
         "questions": {"calibration": cut, "test": order.size - cut},
         "unit": "given" if o.costs else "GFLOPs",
@@ -111,7 +116,7 @@ def cascade(o: Cascade, console: Console | None = None) -> dict[str, Any]:
     if o.out is not None:
         try:
             o.out.mkdir(parents=True, exist_ok=True)
-            plot_cascade(o.out / "cascade.png", report)
+            write_pictures(o.out / "plots", draw_cascade(report))
             write_json(o.out / SETTINGS, report)
         except OSError as e:
             raise UserError(
@@ -121,8 +126,14 @@ def cascade(o: Cascade, console: Console | None = None) -> dict[str, Any]:
 
 
 def _check(o: Cascade) -> None:
-    shares = {"target-accuracy": o.target_accuracy, "confidence": o.confidence}
-    for name, value in (shares | {"calibration": o.calibration}).items():
+    if (o.target_accuracy is None) == (o.max_drop is None):
+        raise UserError(
+            "neither or both of --target-accuracy and --max-drop given; accepted: one of them"
+        )
+    shares = {"target-accuracy": o.target_accuracy, "max-drop": o.max_drop}
+    shares = {name: value for name, value in shares.items() if value is not None}
+    shares |= {"confidence": o.confidence, "calibration": o.calibration}
+    for name, value in shares.items():
         if not 0 < value < 1:
             raise UserError(f"--{name} {value} given; accepted: between 0 and 1")
     if len(o.costs) not in (0, 2, 3) or not all(0 <= c < np.inf for c in o.costs):

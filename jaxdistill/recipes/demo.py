@@ -23,8 +23,9 @@ from jaxdistill.models.hub import load_model
 from jaxdistill.recipes.export import Export, export
 from jaxdistill.recipes.generate import answer
 from jaxdistill.recipes.quantize import Quantize, quantize
-from jaxdistill.report.plots import plot_training
+from jaxdistill.report.plots import draw_training
 from jaxdistill.report.table import markdown_table, result_table
+from jaxdistill.report.theme import write_pictures
 from jaxdistill.train.run_directory import read_metrics, write_json
 
 _HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -136,7 +137,7 @@ def demo(o: Demo, console: Console | None = None) -> dict[str, Any]:
     }
     shown = {"teacher": results["teacher"], "ptq": results["PTQ MSE"]}
     shown |= {label: results[label] for label in runs}
-    plot_training(o.out / "plots", runs, shown)
+    write_pictures(o.out / "plots", draw_training(runs, shown))
     report = {
         "results": results,
         "prompt": o.prompt,

@@ -44,10 +44,12 @@ from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.models.sharding import make_sharded
 from jaxdistill.quant.measure import weight_bytes
 from jaxdistill.quant.policy import Policy
+from jaxdistill.recipes.command import command_of
 from jaxdistill.recipes.learned_rows import LearnedRows, check_width
-from jaxdistill.recipes.options import Distill, identity
+from jaxdistill.recipes.options import Distill, Quantize, identity
 from jaxdistill.recipes.parallel import mesh_shape, parallel
 from jaxdistill.recipes.run_report import BY, Results, check_student, report_run
+from jaxdistill.recipes.samples import run_samples
 from jaxdistill.recipes.signal_looks import recommended, signal_looks
 from jaxdistill.recipes.slices import watched
 from jaxdistill.recipes.trainee import Trainee, make_trainee
@@ -231,7 +233,15 @@ def _distill(
                 alone = kd_objective(plain[0], None, vocab_size=shared, chunk=o.chunk)
                 sums = {"teacher": watch.texts.sums(alone, teachers[0].params, None)} | sums
         slices = report_slices(sums, watch.masks, by=BY)
-    report_run(run, results, console, _title(o), slices)
+    samples = []
+    if o.samples:
+        with console.status("answering held-out prompts"):
+            rounded = before if student.policy else None
+            known_to = teachers[0] if teachers and not crossed else None
+            samples = run_samples(run.path, known_to, rounded, found.held_rows, o.samples)
+    kind = Distill if said is None else Quantize
+    command = command_of(kind, {**(said or identity(o)), "out": o.out, "samples": o.samples})
+    report_run(run, results, console, _title(o), slices, samples, command)
     return results
 
 

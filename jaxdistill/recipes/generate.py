@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -96,19 +96,31 @@ def answer(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
         ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
-    apply = _apply_of(model.config, model.activations, weights)
-    params = held(model.params, weights)
+    (text,) = continuations(model, [ids], how, seed=seed, weights=weights)
+    return text
+
+
+def continuations(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    how: decoding.Sampling,
+    *,
+    seed: int = 0,
+    weights: Weights = "packed",
+) -> list[str]:
+    """Return what the model goes on with after each of several prompts of tokens."""
     new = decoding.generate(
-        apply,
-        params,
+        _apply_of(model.config, model.activations, weights),
+        held(model.params, weights),
         model.config,
-        [ids],
+        prompts,
         how=how,
         stop=model.stop_ids,
         seed=seed,
         dtype=_computed(weights),
     )
-    return str(tokenizer.decode(new[0], skip_special_tokens=True))
+    decode = model.text_tokenizer().decode
+    return [str(decode(ids, skip_special_tokens=True)) for ids in new]
 
 
 @parallel

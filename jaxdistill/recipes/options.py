@@ -27,7 +27,7 @@ from jaxdistill.train.guard import Guard, OnSpike
 # A run may be gone on with elsewhere, and on other devices.
 _NOT_THE_RUN = (
     *("out", "keep", "resume", "json", "on_spike", "spike_sigma"),
-    *("mesh", "hosts", "teacher_layout", "attention"),
+    *("mesh", "hosts", "teacher_layout", "attention", "samples"),
 )
 _LEAST = {
     "steps": 0,
@@ -39,6 +39,7 @@ _LEAST = {
     "top_k": 0,
     "keep": 1,
     "eval_tokens": 0,
+    "samples": 0,
     "eval_every": 0,
     "signal_every": -1,
     "checkpoint_every": -1,
@@ -143,6 +144,9 @@ class Training(Parallel):
     """Named slices of the held-out text, judged one by one at the end: a column, NAME=REGEX over
     the text, longest:SHARE, rare_words:SHARE or rare_labels:SHARE, as in longest:0.1. The one that
     lost most is named."""
+    samples: int = 0
+    """Held-out prompts that teacher and student answer at the end, side by side on the run's
+    page."""
     eval_every: int = 0
     """Steps between looks at a small held-out probe; 0 for four in a run."""
     signal_every: int = 0

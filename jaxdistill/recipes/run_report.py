@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import recovered
 from jaxdistill.evals.slices import SliceReport, slice_warning
 from jaxdistill.mesh import on_primary
+from jaxdistill.models.json_text import read_object
 from jaxdistill.models.quantized import is_quantized
-from jaxdistill.report.plots import plot_training
+from jaxdistill.report.plots import draw_training
+from jaxdistill.report.run_page import RunPage, run_page
 from jaxdistill.report.table import (
     markdown_table,
     result_table,
     slices_markdown,
     slices_table,
 )
+from jaxdistill.report.theme import write_pictures
 from jaxdistill.train.run_directory import RunDirectory, read_metrics, write_json
 
 Results = dict[str, dict[str, float | int]]
@@ -42,7 +45,7 @@ def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:
     """Say what the user should hear of the results: no training needed, or training that hurt."""
     start, student, said = before_training(results), results["student"], []
     teacher, name = results.get("teacher"), "PTQ" if "ptq" in results else "the start"
-    if teacher and start["perplexity"] <= 1.01 * teacher["perplexity"]:
+    if teacher and enough(teacher, start):
         said.append(f"{name} alone is within 1 % of the teacher's perplexity: no training needed")
     by = "kl" if "kl" in student else "nll"
     if student[by] > start[by]:
@@ -53,23 +56,55 @@ def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:
     return said
 
 
+def enough(teacher: Mapping[str, float | int], start: Mapping[str, float | int]) -> bool:
+    """Return whether a student is good enough before training: within 1 % in perplexity."""
+    return start["perplexity"] <= 1.01 * teacher["perplexity"]
+
+
 def before_training(results: Mapping[str, Mapping[str, float | int]]) -> dict[str, Any]:
     """Return the student's evaluation before training: ``ptq``, or ``start`` of a float one."""
     return dict(results["ptq"] if "ptq" in results else results["start"])
 
 
 def report_run(
-    run: RunDirectory, results: Results, console: Console, title: str, slices: Slices | None = None
+    run: RunDirectory,
+    results: Results,
+    console: Console,
+    title: str,
+    slices: Slices | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+    command: Sequence[str] = (),
 ) -> None:
-    """Write ``results.json``, the plots and the run's README under a title; show the tables.
+    """Write ``results.json``, the plots, the run's README and its page; show the tables.
 
-    With slices their report goes to ``slices.json``.
+    Args:
+        run: the directory; it is closed.
+        results: label to its evaluation.
+        console: where the tables go.
+        title: of README and page.
+        slices: their report goes to ``slices.json``.
+        samples: what models answered, see ``recipes.samples``; they go to ``samples.json``.
+        command: what makes the run again.
     """
     plain = {name: report.plain() for name, report in (slices or {}).items()}
     said = warnings_of(results)
     if slices and (worst := slice_warning(slices, BY)):
         said.append(worst)
-    on_primary(lambda: _write(run, results, title, plain, said), f"write {run.path}")
+    known = read_object(run.path / "config.json")
+    page = RunPage(
+        title=f"A jaxdistill run: {title}",
+        facts=facts_of(known["options"]),
+        warnings=[_sentence(w) for w in said],
+        results=results,
+        metrics={"student": read_metrics(run.path)},
+        slices=plain,
+        slices_by=BY,
+        samples=samples,
+        command=command,
+        options=known["options"],
+        environment=known["environment"],
+    )
+    on_primary(lambda: _write(run.path, page, said), f"write {run.path}")
     run.close()
     console.print(result_table(results))
     if plain:
@@ -78,16 +113,34 @@ def report_run(
         console.print(f"[yellow]warning: {escape(warning)}", soft_wrap=True)
 
 
-def _write(
-    run: RunDirectory, results: Results, title: str, slices: Mapping[str, Any], said: list[str]
-) -> None:
+def facts_of(options: Mapping[str, Any]) -> list[str]:
+    """Say what a run did in short phrases, from its options."""
+    bits, size = options["bits"], options["group_size"]
+    kept = "float weights" if bits == "none" else f"{bits}-bit weights"
+    return [
+        kept + ("" if bits == "none" or size == "channel" else f" in groups of {size}"),
+        f"objective {options['objective']}",
+        "nothing frozen" if options["freeze"] == "none" else f"frozen: {options['freeze']}",
+        f"{options['steps']:,} steps of {options['batch_size']} x {options['seq_len']} tokens",
+        f"text of {Path(options['data']).name}",
+    ]
+
+
+def _sentence(warning: str) -> str:
+    return warning[:1].upper() + warning[1:].rstrip(".") + "."
+
+
+def _write(run: Path, page: RunPage, said: list[str]) -> None:
     """Write what ``report_run`` says."""
-    write_json(run.path / "results.json", results)
+    results, slices = dict(page.results), page.slices
+    write_json(run / "results.json", results)
     if slices:
-        write_json(run.path / "slices.json", slices)
-    rows = read_metrics(run.path)
-    if rows:
-        plot_training(run.path / "plots", {"student": rows}, results)
+        write_json(run / "slices.json", slices)
+    if page.samples:
+        write_json(run / "samples.json", list(page.samples))
+    if any(page.metrics.values()):
+        write_pictures(run / "plots", draw_training(page.metrics, results))
+    (run / "index.html").write_text(run_page(page), encoding="utf-8")
     start, student = before_training(results), results["student"]
     gap = []
     if "kl" in student:
@@ -95,7 +148,7 @@ def _write(
         name = "PTQ" if "ptq" in results else "the start"
         gap = [f"Share of {name}'s KL to the teacher recovered: {share:.1%}.\n"]
     lines = [
-        f"# A jaxdistill run: {title}\n",
+        f"# {page.title}\n",
         markdown_table(results),
         *gap,
         *(
@@ -105,18 +158,20 @@ def _write(
         ),
         *(f"Warning: {w}.\n" for w in said),
         "| file | what it is |\n| --- | --- |\n"
+        "| index.html | all of this as one page, for a browser |\n"
         "| config.json | every option, and the versions it ran on |\n"
         "| metrics.jsonl, tensorboard/ | every step's loss, KL, agreement, speed |\n"
         "| plots/ | loss, KL and recovered gap |\n"
         "| checkpoints/ | training states, for `--resume` |\n"
         "| student/ | the student: weights (integers and scales, or float), tokenizer |\n"
         "| results.json | the first table above |\n"
-        + ("| slices.json | every metric of every slice, with intervals |\n" if slices else ""),
+        + ("| slices.json | every metric of every slice, with intervals |\n" if slices else "")
+        + ("| samples.json | answers side by side |\n" if page.samples else ""),
         "Use it: `jaxdistill generate --model DIR --prompt ...`, `jaxdistill evaluate --model DIR "
         "--data ...`, and a quantized one: `jaxdistill export --run DIR --format gguf --out "
         "model.gguf`.\n",
     ]
-    (run.path / "README.md").write_text("\n".join(lines))
+    (run / "README.md").write_text("\n".join(lines))
 
 
 def finished_student(run: Path) -> Path:

@@ -6,69 +6,64 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from jaxdistill.evals.perplexity import recovered
+from jaxdistill.report.theme import Pictures, Theme, png, style
 
 Rows = Sequence[Mapping[str, float | int]]
+Evaluations = Mapping[str, Mapping[str, float | int]]
 
 
-def _curve(axes: Any, rows: Rows, name: str, label: str, **style: Any) -> None:
+def _curve(axes: Any, rows: Rows, name: str, label: str, **look: Any) -> None:
     points = [(row["step"], row[name]) for row in rows if name in row]
     if points:
-        axes.plot(*zip(*points, strict=True), label=label, **style)
+        axes.plot(*zip(*points, strict=True), label=label, **look)
 
 
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a figure, close it, and return its path."""
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    path.write_bytes(png(figure))
     return path
 
 
-def plot_training(
-    directory: Path, runs: Mapping[str, Rows], results: Mapping[str, Mapping[str, float | int]]
-) -> list[Path]:
-    """Draw ``loss.png``, ``kl.png`` and ``recovered.png`` into ``directory``; return their paths.
-
-    Without a teacher in the results there is only the loss.
+def draw_training(
+    runs: Mapping[str, Rows], results: Evaluations, theme: Theme = "light"
+) -> Pictures:
+    """Draw ``loss``, ``kl`` and ``recovered``; without a teacher in the results only the loss.
 
     Args:
-        directory: made where it does not exist.
         runs: label to the rows of its ``metrics.jsonl``.
         results: label to its evaluation; ``"teacher"`` and ``"ptq"`` (of a float student
             ``"start"``) are the references, every other label is a trained student.
+        theme: colours of surface and text.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    made = []
+    made = {}
     start = "ptq" if "ptq" in results else "start"
     called = {"ptq": "PTQ", "start": "start"}[start]
     pictures = [("loss", "training loss", "loss (nats a token)")]
     if "teacher" in results and "kl" in results.get(start, {}):
         pictures.append(("kl", "divergence from the teacher", "KL (nats a token)"))
-    for name, title, unit in pictures:
-        figure, axes = plt.subplots(figsize=(6, 3.6))
-        for label, rows in runs.items():
-            _curve(axes, rows, name, f"{label}, training batches", alpha=0.6)
+    with plt.rc_context(style(theme)):
+        for name, title, unit in pictures:
+            figure, axes = plt.subplots(figsize=(6, 3.6))
+            for label, rows in runs.items():
+                _curve(axes, rows, name, f"{label}, training batches", alpha=0.8)
+                if name == "kl":
+                    _curve(axes, rows, "eval/kl", f"{label}, held-out probe", marker="o")
             if name == "kl":
-                _curve(axes, rows, "eval/kl", f"{label}, held-out probe", marker="o")
-        if name == "kl":
-            axes.axhline(results[start]["kl"], color="grey", ls="--", label=f"{called}, held out")
-        axes.set(xlabel="step", ylabel=unit, title=title, ylim=(0, None))
-        axes.legend(fontsize=8)
-        made.append(save_figure(figure, directory / f"{name}.png"))
-    if len(pictures) > 1:
-        made.append(_plot_recovered(directory / "recovered.png", results, start, called))
+                axes.axhline(
+                    results[start]["kl"], color="grey", ls="--", label=f"{called}, held out"
+                )
+            axes.set(xlabel="step", ylabel=unit, title=title, ylim=(0, None))
+            axes.legend(fontsize=8)
+            made[name] = png(figure)
+        if len(pictures) > 1:
+            made["recovered"] = _recovered(results, start, called)
     return made
 
 
-def _plot_recovered(
-    path: Path, results: Mapping[str, Mapping[str, float | int]], start: str, called: str
-) -> Path:
+def _recovered(results: Evaluations, start: str, called: str) -> bytes:
     """Draw the share of the gap to the teacher that each student closed, by KL and by NLL."""
     students = [x for x in results if x != start and not x.startswith("teacher")]
     teacher, ptq = results["teacher"], results[start]
@@ -88,4 +83,4 @@ def _plot_recovered(
     )
     axes.invert_yaxis()
     axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return save_figure(figure, path)
+    return png(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -12,48 +11,7 @@ import numpy as np
 
 from jaxdistill.kd.recommend import LEAST_INFLATION, LEAST_RATIO, MOST_WEIGHTS, Recommendation
 from jaxdistill.kd.signal_sums import PROJECTIONS
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f8fa; --card: #ffffff; --text: #1f2328;
-  --quiet: #59636e; --line: #d0d7de; --accent: #0969da; --mark: #ddf4ff; }
-@media (prefers-color-scheme: dark) { :root { --page: #0d1117; --card: #161b22; --text: #e6edf3;
-  --quiet: #9198a1; --line: #30363d; --accent: #6cb6ff; --mark: #12314f; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 40px 0 8px; }
-p, li { max-width: 76ch; }
-.quiet { color: var(--quiet); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 16px; margin: 16px 0; }
-.verdict { border-left: 4px solid var(--accent); }
-.verdict h2 { margin-top: 0; }
-.scroll { overflow-x: auto; padding: 0; }
-table { border-collapse: separate; border-spacing: 0; width: 100%;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 10px; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th { font-size: .85rem; font-weight: 600; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
-  background: var(--card); }
-tr:last-child td { border-bottom: 0; }
-tr.frozen td { background: var(--mark); font-weight: 600; }
-.maps { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px),
-  1fr)); }
-figure { margin: 0; }
-.maps figure, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 12px; }
-.wide { max-width: 720px; }
-img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--quiet); font-size: .9rem; margin-top: 8px; }
-code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 12px 0 0; padding: 12px;
-  background: var(--page); border: 1px solid var(--line); border-radius: 6px; }
-dt { font-weight: 600; margin-top: 12px; }
-dd { margin: 0; max-width: 76ch; }
-"""
+from jaxdistill.report.html import document, figure, table
 
 _CAPTIONS = {
     "gradient_ce": "How hard the loss pulls at a projection's weights in a layer. 1 on the scale "
@@ -155,31 +113,27 @@ def signal_page(
     """
     text = html.escape
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Signal analysis: {text(title)}</title><style>{_STYLE}</style></head><body><main>",
         f"<h1>Signal analysis: {text(title)}</h1>",
         f'<p class="quiet">{" &middot; ".join(text(fact) for fact in facts)}</p>',
         _verdict(advice, command),
         "<h2>Projections</h2>",
-        _table(*_projection_rows(arrays, advice)),
+        table(*_projection_rows(arrays, advice)),
         _COLUMNS,
         "<h2>Models</h2>",
-        _table(*_model_rows(models)),
+        table(*_model_rows(models)),
         _READING,
         "<h2>Layer by layer</h2>",
         '<p class="quiet">Layers from the first (top) to the last, projections in the order in '
         "which a layer uses them.</p>",
         '<div class="maps">',
         *(
-            _figure(name, pictures[name], dark_pictures[name], _caption(name))
+            figure(name, pictures[name], dark_pictures[name], _caption(name))
             for name in pictures
             if name != "drift"
         ),
         "</div>",
         "<h2>Drift by depth</h2>",
-        _figure(
+        figure(
             "drift of the residual stream by depth",
             pictures["drift"],
             dark_pictures["drift"],
@@ -189,9 +143,8 @@ def signal_page(
         _TERMS,
         '<p class="quiet">All numbers, with their units, are in signal.json beside this page; the '
         "pictures are in plots/.</p>",
-        "</main></body></html>",
     ]
-    return "\n".join(part for part in parts if part) + "\n"
+    return document(f"Signal analysis: {title}", parts)
 
 
 def _verdict(advice: Recommendation, command: str) -> str:
@@ -268,31 +221,6 @@ def _model_rows(models: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
     return heads, rows
 
 
-def _table(heads: list[str], rows: list[list[str]], marked: Sequence[bool] = ()) -> str:
-    head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in heads)
-    body = []
-    for i, row in enumerate(rows):
-        mark = ' class="frozen"' if i < len(marked) and marked[i] else ""
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        body.append(f"<tr{mark}>{cells}</tr>")
-    return (
-        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
 def _caption(name: str) -> str:
     quantity, _, model = name.rpartition("_")
     return f"{_MODELS[model]}. {_CAPTIONS[quantity]}"
-
-
-def _figure(name: str, light: bytes, dark: bytes, caption: str, kind: str = "") -> str:
-    """Return a figure that shows one of two pictures, as the display asks."""
-    sources = [f"data:image/png;base64,{base64.b64encode(x).decode()}" for x in (light, dark)]
-    label = html.escape(name.replace("_", " "))
-    return (
-        f'<figure class="{kind}"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
-        f'<img src="{sources[0]}" alt="{label}"></picture>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )

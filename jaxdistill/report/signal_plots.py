@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from jaxdistill.report.theme import COLORS, SERIES, Pictures, Theme, png, style
 
-Theme = Literal["light", "dark"]
-# Surface, text, lines between cells; the page uses the same surface, so that a picture lies in it
-# without a frame.
-_COLORS = {"light": ("#ffffff", "#1f2328", "#d0d7de"), "dark": ("#161b22", "#e6edf3", "#30363d")}
-_SERIES = {"light": ("#b35900", "#0969da"), "dark": ("#f0a868", "#6cb6ff")}
 _MODELS = {"float": "float", "ptq": "PTQ", "trained": "trained student"}
 
 
@@ -72,7 +66,7 @@ HEAT_MAPS = (
 )
 
 
-def draw_signal(arrays: Mapping[str, np.ndarray], theme: Theme = "light") -> dict[str, bytes]:
+def draw_signal(arrays: Mapping[str, np.ndarray], theme: Theme = "light") -> Pictures:
     """Draw every picture that the arrays allow; return ``name -> PNG``.
 
     Args:
@@ -122,9 +116,9 @@ def _limits(arrays: Sequence[np.ndarray], spec: HeatMap) -> tuple[float, float]:
 def _heat_map(
     values: np.ndarray, title: str, spec: HeatMap, limits: tuple[float, float], theme: Theme
 ) -> bytes:
-    surface, text, line = _COLORS[theme]
+    surface, text, line = COLORS[theme]
     layers = len(values)
-    with plt.rc_context(_style(theme)):
+    with plt.rc_context(style(theme)):
         figure, axes = plt.subplots(figsize=(4.4, min(9.0, max(3.2, 1.3 + 0.14 * layers))))
         colors = matplotlib.colormaps["RdBu_r" if spec.diverging else "viridis"].with_extremes(
             bad=line
@@ -144,50 +138,26 @@ def _heat_map(
         bar = figure.colorbar(drawn, ax=axes, pad=0.03)
         bar.set_label(spec.unit)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        return _png(figure)
+        return png(figure)
 
 
 def _drift(arrays: Mapping[str, np.ndarray], models: Sequence[str], theme: Theme) -> bytes:
     """Draw the residual stream's relative error and cosine by depth, one line a model."""
-    with plt.rc_context(_style(theme)):
+    with plt.rc_context(style(theme)):
         figure, both = plt.subplots(2, 1, figsize=(6.4, 5.2), sharex=True)
         panels = (
             ("drift_relative_error", "relative error"),
             ("drift_cosine", "cosine to the float model"),
         )
         for axes, (quantity, label) in zip(both, panels, strict=True):
-            for model, color in zip(models, _SERIES[theme], strict=False):
+            for model, color in zip(models, reversed(SERIES[theme][:2]), strict=False):
                 values = arrays[f"{model}/{quantity}"]
                 axes.plot(values, color=color, lw=2, label=_MODELS[model])
             axes.set_ylabel(label)
             axes.grid(axis="y", lw=0.6)
-            for side in ("top", "right"):
-                axes.spines[side].set_visible(False)
         both[0].set_ylim(bottom=0)
         both[0].set_title("drift of the residual stream")
         both[1].set_xlabel("layers passed (0: the embedding)")
         if len(models) > 1:
-            both[0].legend(frameon=False)
-        return _png(figure)
-
-
-def _style(theme: Theme) -> Any:
-    surface, text, line = _COLORS[theme]
-    inks = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    return dict.fromkeys(inks, text) | {
-        "figure.facecolor": surface,
-        "axes.facecolor": surface,
-        "savefig.facecolor": surface,
-        "axes.edgecolor": line,
-        "grid.color": line,
-        "font.size": 10,
-        "axes.titlesize": 11,
-    }
-
-
-def _png(figure: Any) -> bytes:
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png", metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+            both[0].legend()
+        return png(figure)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+Rows = tuple[list[str], list[list[str]]]  # heads, and the rows below them
 _COLUMNS = (
     ("nll", "NLL", "{:.4f}"),
     ("perplexity", "perplexity", "{:.3f}"),
@@ -28,20 +29,35 @@ def _cells(result: Mapping[str, float | int]) -> list[str]:
 
 def result_table(results: Mapping[str, Mapping[str, float | int]], title: str = "") -> Table:
     """Lay evaluations out as a terminal table, one row a model."""
-    table = Table("model", title=title or None, title_justify="left")
-    for _, head, _ in _COLUMNS:
-        table.add_column(head, justify="right")
-    for name, result in results.items():
-        table.add_row(name, *_cells(result))
-    return table
+    return _shown(result_rows(results), title)
+
+
+def result_rows(results: Mapping[str, Mapping[str, float | int]]) -> Rows:
+    """Return evaluations as heads and rows of text, one row a model."""
+    heads = ["model", *(head for _, head, _ in _COLUMNS)]
+    return heads, [[name, *_cells(result)] for name, result in results.items()]
 
 
 def markdown_table(results: Mapping[str, Mapping[str, float | int]]) -> str:
     """Lay evaluations out as a Markdown table, one row a model."""
-    heads = ["model", *(head for _, head, _ in _COLUMNS)]
-    lines = [heads, ["---"] + ["---:"] * len(_COLUMNS)]
-    lines += [[name, *_cells(result)] for name, result in results.items()]
+    return _markdown(result_rows(results))
+
+
+def _markdown(rows: Rows) -> str:
+    heads, found = rows
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *found]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _shown(rows: Rows, title: str = "") -> Table:
+    """Return rows for the terminal, numbers to the right."""
+    heads, found = rows
+    table = Table(heads[0], title=title or None, title_justify="left")
+    for head in heads[1:]:
+        table.add_column(head, justify="right")
+    for row in found:
+        table.add_row(*map(escape, row))
+    return table
 
 
 _CHOICES = (
@@ -99,12 +115,17 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _slice_rows(reports: Mapping[str, Mapping[str, Any]], by: str) -> list[list[str]]:
-    """Return the head and one row a slice: what each model does, and what compares them."""
+def slice_rows(reports: Mapping[str, Mapping[str, Any]], by: str) -> Rows:
+    """Return slices as heads and rows: what each model does, and what compares them.
+
+    Args:
+        reports: ``SliceReport.plain`` by name.
+        by: the metric shown.
+    """
     models = list(dict.fromkeys(m for r in reports.values() for m in r["metrics"]))
     derived = list(dict.fromkeys(d for r in reports.values() for d in r["derived"]))
     heads = ["slice", "items", *(f"{m} {by}" for m in models)]
-    rows = [[*heads, *(name.replace("_", " ") for name in derived)]]
+    rows = []
     for name, report in reports.items():
         shown = [report["metrics"].get(m, {}).get(by) for m in models]
         shown += [report["derived"].get(d) for d in derived]
@@ -114,83 +135,86 @@ def _slice_rows(reports: Mapping[str, Mapping[str, Any]], by: str) -> list[list[
             for x, k in zip(shown, known, strict=True)
         ]
         rows.append([name, str(report["items"]), *cells])
-    return rows
+    return [*heads, *(name.replace("_", " ") for name in derived)], rows
 
 
 def slices_table(reports: Mapping[str, Mapping[str, Any]], by: str, title: str = "") -> Table:
-    """Lay slices out, ``SliceReport.plain`` by name: models' metric, what compares them."""
-    heads, *rows = _slice_rows(reports, by)
-    table = Table(heads[0], title=title or None, title_justify="left")
-    for head in heads[1:]:
-        table.add_column(head, justify="right")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
+    """Lay slices out for the terminal, see ``slice_rows``."""
+    return _shown(slice_rows(reports, by), title)
 
 
 def slices_markdown(reports: Mapping[str, Mapping[str, Any]], by: str) -> str:
     """Lay the same out as Markdown."""
-    heads, *rows = _slice_rows(reports, by)
-    said = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *said]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    heads, rows = slice_rows(reports, by)
+    return _markdown(
+        (heads, [[" ".join(c.replace("|", "\\|").split()) for c in row] for row in rows])
+    )
 
 
-def cascade_table(report: Mapping[str, Any]) -> Table:
-    """Lay out what ``recipes.cascade`` returns: each tier alone, and the cascade, on test items."""
+def cascade_rows(report: Mapping[str, Any]) -> Rows:
+    """Return what ``recipes.cascade`` returns as rows: each tier alone, and the cascade."""
     unit = "" if report["unit"] == "given" else f", {report['unit']}"
-    table = Table("test questions")
-    for head in ("accuracy", f"cost{unit}", "answered by"):
-        table.add_column(head, justify="right")
-    for name, tier in report["alone"].items():
-        table.add_row(f"{name} alone", f"{tier['accuracy']:.1%}", f"{tier['cost']:.4g}")
+    rows = [
+        [f"{name} alone", f"{tier['accuracy']:.1%}", f"{tier['cost']:.4g}", ""]
+        for name, tier in report["alone"].items()
+    ]
     if (there := report["test"]) is not None:
         low, high = there["interval"]
         each = zip(report["alone"], there["shares"], strict=True)
         shares = ", ".join(f"{name} {share:.1%}" for name, share in each)
         accuracy = f"{there['accuracy']:.1%} ({low:.1%} to {high:.1%})"
-        table.add_row("cascade", accuracy, f"{there['cost']:.4g}", shares)
-    return table
+        rows.append(["cascade", accuracy, f"{there['cost']:.4g}", shares])
+    return ["test questions", "accuracy", f"cost{unit}", "answered by"], rows
+
+
+def cascade_table(report: Mapping[str, Any]) -> Table:
+    """Lay the same out for the terminal."""
+    return _shown(cascade_rows(report))
 
 
 def cascade_sentence(report: Mapping[str, Any]) -> str:
     """Say what the thresholds of ``recipes.cascade`` promise, or that there are none."""
-    target, sure = report["target_accuracy"], report["confidence"]
+    target, drop, sure = report["target_accuracy"], report["max_drop"], report["confidence"]
+    tiers = list(report["alone"])
     if report["thresholds"] is None:
         best = max(tier["accuracy"] for tier in report["alone"].values())
+        wanted = f"{target:.1%}" if drop is None else f"a drop of at most {drop:.1%}"
+        instead = "a lower --target-accuracy" if drop is None else "a greater --max-drop"
         return (
-            f"No threshold was found that keeps {target:.1%} with confidence {sure:.0%}, from the "
+            f"No threshold was found that keeps {wanted} with confidence {sure:.0%}, from the "
             f"careful side on; the best tier alone has {best:.1%} on the test questions. Give "
-            "more questions, a lower --target-accuracy, or "
-            "a person (--costs with three numbers)."
+            f"more questions, {instead}, or a person (--costs with three numbers)."
         )
-    tiers = list(report["alone"])
     parts = [
-        f"{tiers[i]} answers " + ("nothing" if t is None else f"where it is at least {t:.2f} sure")
+        f"the {tiers[i]} answers "
+        + ("nothing" if t is None else f"where it is at least {t:.2f} sure")
         for i, t in enumerate(report["thresholds"])
     ]
-    return (
-        f"{'; '.join(parts)}; the rest goes to the {tiers[-1]}. With confidence {sure:.0%} the "
-        f"accuracy on such questions is at least {target:.1%}."
-    )
+    kept = "the accuracy on such questions is at "
+    kept += f"least {target:.1%}" if drop is None else f"most {drop:.1%} below the {tiers[-1]}'s"
+    said = "; ".join(parts)
+    said = f"{said[0].upper()}{said[1:]}; the rest goes to the {tiers[-1]}."
+    return f"{said} With confidence {sure:.0%} {kept}."
+
+
+def cost_rows(report: Mapping[str, Any]) -> Rows:
+    """Return what ``recipes.cost`` returns as rows: training once, and answering all requests."""
+
+    def row(name: str, use: Mapping[str, Any], ms: str) -> list[str]:
+        known = [use["flops"] / 1e15, use["bytes"] / 1e12, *(use[k] for k in _COSTS)]
+        return [name, *("" if x is None else f"{x:,.4g}" for x in known), ms]
+
+    heads = ["", "PFLOP", "TB read", "device hours", "kWh", "price", "ms a request"]
+    answers = report["answers"].items()
+    return heads, [
+        row("training, once", report["training"], ""),
+        *(row(name, use, f"{1e3 * use['seconds_a_request']:,.3g}") for name, use in answers),
+    ]
 
 
 def cost_table(report: Mapping[str, Any]) -> Table:
-    """Lay out what ``recipes.cost`` returns: training once, and answering all requests."""
-    title = f"{report['requests']:,.0f} requests on {report['device']}"
-    table = Table("", title=title, title_justify="left")
-    for head in ("PFLOP", "TB read", "device hours", "kWh", "price", "ms a request"):
-        table.add_column(head, justify="right", no_wrap=True)
-
-    def row(name: str, use: Mapping[str, Any], ms: str) -> None:
-        known = [use["flops"] / 1e15, use["bytes"] / 1e12, *(use[k] for k in _COSTS)]
-        table.add_row(name, *("" if x is None else f"{x:,.4g}" for x in known), ms)
-
-    row("training, once", report["training"], "")
-    table.add_section()
-    for name, use in report["answers"].items():
-        row(name, use, f"{1e3 * use['seconds_a_request']:,.3g}")
-    return table
+    """Lay the same out for the terminal."""
+    return _shown(cost_rows(report), f"{report['requests']:,.0f} requests on {report['device']}")
 
 
 _COSTS = ("device_hours", "kwh", "price")

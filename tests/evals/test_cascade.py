@@ -74,6 +74,35 @@ def test_the_target_is_met_as_often_as_it_is_promised(tiers):
     assert len(shares) > 190 and np.mean(shares) > 0.3  # it is of use, too
 
 
+@pytest.mark.parametrize("tiers", [2, 3])
+def test_the_greatest_drop_is_kept_as_often_as_it_is_promised(tiers):
+    everyone, drop = population(200_000, 1, tiers), 0.05
+    best = np.mean(everyone[-1].correct)
+    met, shares = [], []
+    for seed in range(200):
+        some = population(400, 100 + seed, tiers)
+        found = calibrate(some, max_drop=drop, confidence=SURE, grid=51)
+        assert found is not None  # a cascade that leaves all to the last tier loses nothing
+        there = outcome(everyone, found.thresholds)
+        met.append(best - there.accuracy <= drop)
+        shares.append(there.shares[0])
+    assert np.mean(met) >= SURE
+    assert np.mean(shares) > 0.2
+
+
+def test_a_drop_needs_fewer_items_than_a_target():
+    # Of 100 items 2 % may be lost: with the tiers alike nothing is, and 0.98^250 < 1 %.
+    sure = np.linspace(0.0, 1.0, 250)
+    right = np.arange(250) % 4 > 0
+    tiers = [Tier("student", right, 1.0, sure), Tier("teacher", right, 10.0)]
+    found = calibrate(tiers, max_drop=0.02, confidence=0.99)
+    assert found is not None and found.outcome.shares == (1.0, 0.0)
+    assert calibrate(tiers, 0.75 - 0.02, confidence=0.99) is None
+    few = [t._replace(correct=t.correct[:100]) for t in tiers]
+    few[0] = few[0]._replace(confidence=sure[:100])
+    assert calibrate(few, max_drop=0.02, confidence=0.99) is None  # 0.98^100 is 13 %
+
+
 def test_the_best_threshold_on_few_items_breaks_the_promise():
     # What ``calibrate`` is for: without its tests the target is missed in a third of the draws.
     everyone, met = population(200_000, 1), []
@@ -105,7 +134,8 @@ def test_signals():
     ("tiers", "target", "message"),
     [
         (population(5, 0)[:1], 0.9, "1 tiers given"),
-        (population(5, 0), 1.0, "target accuracy 1.0 given"),
+        (population(5, 0), 1.0, "target accuracy or drop 1.0 given"),
+        (population(5, 0), None, "target accuracy None and greatest drop None given"),
         ([population(5, 0)[1], population(5, 0)[0]], 0.9, "confidences of teacher are missing"),
         ([population(5, 0)[0], population(6, 0)[1]], 0.9, "teacher has 6 answers and student 5"),
         (population(0, 0), 0.9, "no item given"),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxdistill.errors import UserError
 from jaxdistill.models import hub
 from jaxdistill.models.hf import load_hf, save_hf
-from jaxdistill.models.hub import ACCEPTED, Model, check_same_vocabulary, load_model
+from jaxdistill.models.hub import ACCEPTED, Model, check_same_vocabulary, load_config, load_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -103,6 +103,17 @@ def test_a_hub_name_is_fetched(directory, monkeypatch):
         "merges.txt",
         "chat_template.jinja",
     ]
+
+
+def test_of_a_hub_name_whose_shape_is_asked_the_config_alone_is_fetched(directory, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **kwargs: calls.append((name, kwargs["allow_patterns"])) or str(directory),
+    )
+    assert load_config("org/name") == load_model(directory).config
+    assert calls == [("org/name", ["config.json"])]
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_refused():

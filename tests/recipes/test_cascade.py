@@ -54,7 +54,7 @@ def made(inputs, tmp_path_factory):
 def test_the_report(made, inputs):
     out, report = made
     assert json.loads((out / "cascade.json").read_text()) == json.loads(json.dumps(report))
-    assert (out / "cascade.png").stat().st_size > 10_000
+    assert {p.name for p in (out / "plots").iterdir()} == {"coverage.png", "cost.png"}
     assert report["questions"] == {"calibration": 30, "test": 30}
     assert report["unit"] == "GFLOPs" and list(report["alone"]) == ["student", "teacher"]
     test = report["test"]
@@ -133,8 +133,22 @@ def test_no_threshold_may_be_trusted(inputs, tmp_path, capsys):
     given = ["--student", student, "--teacher", teacher, "--data", data]
     main(["cascade", *given, "--target-accuracy", "0.99", "--out", str(tmp_path / "c")])
     assert "No threshold was found that keeps 99.0%" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(UserError, match="no thresholds, for none reached 0.99"):
+    with pytest.raises(UserError, match="no thresholds, for none kept 0.99 with"):
         CascadeModel.load(tmp_path / "c")
+
+
+def test_a_greatest_drop_instead_of_a_target(inputs, tmp_path, capsys):
+    student, teacher, data = inputs
+    given = ["--student", student, "--teacher", teacher, "--data", data, "--confidence", "0.8"]
+    main(["cascade", *given, "--max-drop", "0.2", "--out", str(tmp_path / "c")])
+    assert "20.0% below the teacher's" in " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "c" / "cascade.json").read_text())
+    assert report["target_accuracy"] is None and report["max_drop"] == 0.2
+    main(["cascade", *given, "--max-drop", "0.01", "--out", str(tmp_path / "none")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "keeps a drop of at most 1.0%" in shown and "a greater --max-drop" in shown
+    with pytest.raises(UserError, match="none kept a drop of at most 0.01 with confidence 0.8"):
+        CascadeModel.load(tmp_path / "none")
 
 
 def test_choices_by_bytes():
@@ -148,6 +162,8 @@ def test_choices_by_bytes():
     ("changes", "message"),
     [
         ({"target_accuracy": 1.0}, "--target-accuracy 1.0 given; accepted: between 0 and 1"),
+        ({"max_drop": 0.1}, "neither or both of --target-accuracy and --max-drop given"),
+        ({"target_accuracy": None, "max_drop": 1.5}, "--max-drop 1.5 given; accepted: between"),
         ({"calibration": 0.0}, "--calibration 0.0 given"),
         ({"costs": (1.0,)}, "accepted: two, of student and teacher, or three"),
         ({"person_accuracy": 0.9}, "--person-accuracy 0.9 given with 0 costs"),
@@ -167,7 +183,7 @@ def test_bad_options(changes, message, inputs, tmp_path):
 
 def test_a_damaged_directory(tmp_path):
     whole = {"student": "s", "teacher": "t", "signal": "margin", "normalized": False}
-    whole |= {"target_accuracy": 0.5, "confidence": 0.9}
+    whole |= {"target_accuracy": 0.5, "max_drop": None, "confidence": 0.9}
     for text in ('{"student": 1', *(json.dumps(whole | {"thresholds": t}) for t in (3, ["a"]))):
         (tmp_path / "cascade.json").write_text(text)
         with pytest.raises(UserError, match="is no cascade"):

@@ -1,0 +1,155 @@
+"""What a pilot says when it is done: five lines of advice, pilot.json, and one page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from jaxdistill.evals.perplexity import recovered
+from jaxdistill.evals.slices import SliceReport, slice_warning
+from jaxdistill.models.json_text import parse_json, read_object
+from jaxdistill.recipes.run_report import BY, facts_of, warnings_of
+from jaxdistill.report.run_page import RunPage, run_page
+from jaxdistill.report.table import (
+    cascade_sentence,
+    cascade_table,
+    cost_sentence,
+    cost_table,
+    result_table,
+    slices_table,
+)
+from jaxdistill.train.run_directory import read_metrics, write_json
+
+
+def report_pilot(
+    out: Path,
+    report: dict[str, Any],
+    command: Sequence[str],
+    longer: Sequence[str],
+    console: Console,
+) -> dict[str, Any]:
+    """Write pilot.json and index.html, show tables and advice; return the report with ``advice``.
+
+    Args:
+        out: the pilot's directory, with its run in ``run``.
+        report: see ``recipes.pilot.pilot``.
+        command: what makes the pilot again.
+        longer: the training that may be advised next.
+        console: where tables and advice go.
+    """
+    run = out / "run"
+    slices = read_object(run / "slices.json") if (run / "slices.json").is_file() else {}
+    found = {name: SliceReport.from_plain(plain) for name, plain in slices.items()}
+    warning = slice_warning(found, BY)
+    report |= {"advice": advice_of(report, warning, bool(slices), longer)}
+    write_json(out / "pilot.json", report)
+    known, pilot = read_object(run / "config.json"), read_object(out / "config.json")
+    seconds = report["seconds"]
+    page = RunPage(
+        title=f"Pilot: {Path(pilot['options']['model']).name} at {pilot['options']['bits']} bits",
+        facts=[*facts_of(known["options"]), f"{seconds['all'] / 60:.1f} minutes"],
+        advice=report["advice"],
+        warnings=[*warnings_of(report["results"]), *([warning] if warning else [])],
+        results=report["results"],
+        metrics={"student": read_metrics(run)},
+        slices=slices,
+        slices_by=BY,
+        samples=_list(run / "samples.json"),
+        cascade=report["cascade"],
+        cost=report["cost"],
+        notes={"Cascade": _MADE} if report["made_questions"] else {},
+        links={
+            "The run: every curve and number of it": "run/index.html",
+            **({"What to freeze, and why": "analysis/index.html"} if report["analysis"] else {}),
+        },
+        command=command,
+        options=pilot["options"],
+        environment=pilot["environment"],
+    )
+    (out / "index.html").write_text(run_page(page), encoding="utf-8")
+    _show(out, report, slices, console)
+    return report
+
+
+_MADE = (
+    "No questions were given, so these were made of the held-out text: which of four passages "
+    "follows? They show how the two models differ, not how your users ask; give --questions for "
+    "that."
+)
+
+
+def advice_of(
+    report: Mapping[str, Any], slice_warning: str | None, sliced: bool, longer: Sequence[str]
+) -> list[str]:
+    """Return five lines: training, freezing, rare cases, the cascade, cost and what next.
+
+    Args:
+        report: see ``recipes.pilot.pilot``.
+        slice_warning: what names the slice that lost most, if one did.
+        sliced: whether slices were watched.
+        longer: the command that trains longer.
+    """
+    results, guarded = report["results"], report["cascade"]
+    teacher, ptq, student = (results[name] for name in ("teacher", "ptq", "student"))
+    rounding = f"rounding takes perplexity from {teacher['perplexity']:.2f} to "
+    rounding += f"{ptq['perplexity']:.2f}"
+    back = recovered(ptq["kl"], student["kl"])
+    if not report["trained"]:
+        first = f"No training needed: {rounding}, within 1 %."
+    elif back <= 0:
+        first = (
+            f"Training is needed ({rounding}), and this one did not help: KL {ptq['kl']:.3f} to "
+            f"{student['kl']:.3f}. Lower --lr, or give more text."
+        )
+    else:
+        first = (
+            f"Training is needed and helps: {rounding}; {report['steps']} steps brought it to "
+            f"{student['perplexity']:.2f}, {back:.0%} of the KL to the teacher recovered."
+        )
+    if report["analysis"] is None:
+        second = "Nothing was trained, so nothing has to be frozen."
+    else:
+        said = report["analysis"]["recommendation"]
+        names = " and ".join(said["projections"])
+        # Of a freeze the first reason says what, the next ones why; of none the first says why.
+        why = said["reasons"][1 if names and len(said["reasons"]) > 1 else 0]
+        second = f"Freeze {names}" if names else "Freeze nothing, by the analysis of this model"
+        second += f": {why.removeprefix(f'{names}: ')}."
+    if slice_warning:
+        third = f"Mind the rare cases: {slice_warning}."
+    elif sliced:
+        third = (
+            "No watched slice of ten texts or more surely lost more than the others; a small "
+            "pilot sees large losses only."
+        )
+    else:
+        third = "No slice was watched: name your rare cases with --slice."
+    fifth = f"{cost_sentence(report['cost'])} The weights are "
+    fifth += f"{teacher['bytes'] / 1e6:,.0f} MB before and {student['bytes'] / 1e6:,.0f} after. "
+    after = shlex.join(longer) if report["trained"] else "jaxdistill export"
+    fifth += f"Next: {after}"
+    fourth = cascade_sentence(guarded)
+    own, best = (guarded["alone"][name]["accuracy"] for name in ("student", "teacher"))
+    if own >= best:
+        fourth += f" On the test questions the student alone is no worse: {own:.1%}, {best:.1%}."
+    return [first, second, third, fourth, fifth]
+
+
+def _list(path: Path) -> list[Any]:
+    return parse_json(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def _show(out: Path, report: dict[str, Any], slices: dict[str, Any], console: Console) -> None:
+    console.print(result_table(report["results"]))
+    if slices:
+        console.print(slices_table(slices, BY))
+    console.print(cascade_table(report["cascade"]))
+    console.print(cost_table(report["cost"]))
+    for number, line in enumerate(report["advice"], 1):
+        console.print(f"{number}. {escape(line)}", highlight=False, soft_wrap=True)
+    console.print(f"page: {out / 'index.html'}", soft_wrap=True)

@@ -1,0 +1,36 @@
+"""The picture of named slices: each model's metric with its interval, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from jaxdistill.report.theme import Pictures, Theme, png, style
+
+
+def draw_slices(
+    reports: Mapping[str, Mapping[str, Any]], by: str, theme: Theme = "light"
+) -> Pictures:
+    """Draw ``SliceReport.plain`` by slice: one mark a model, its 95 % interval a line."""
+    models = list(dict.fromkeys(m for r in reports.values() for m in r["metrics"]))
+    names = list(reports)
+    with plt.rc_context(style(theme)):
+        figure, axes = plt.subplots(figsize=(6, 1.6 + 0.24 * len(names) * (1 + len(models))))
+        for number, model in enumerate(models):
+            offset = 0.22 * (number - (len(models) - 1) / 2)
+            found = [(i, reports[n]["metrics"].get(model, {}).get(by)) for i, n in enumerate(names)]
+            known = [(i, *v) for i, v in found if v is not None and None not in v]
+            if not known:
+                continue
+            places, value, low, high = np.array(known, float).T
+            ends = np.abs([value - low, high - value])  # a percentile interval may lie beside it
+            axes.errorbar(value, places + offset, xerr=ends, fmt="o", ms=5, label=model)
+        axes.set_yticks(range(len(names)), [f"{n} ({reports[n]['items']})" for n in names])
+        axes.set(xlabel=by, title="by slice (items), with 95 % intervals")
+        axes.grid(axis="x")
+        axes.invert_yaxis()
+        axes.legend(fontsize=8)
+        return {"slices": png(figure)}

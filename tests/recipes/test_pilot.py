@@ -1,0 +1,169 @@
+"""`pilot`: every part is there, agrees with the verbs it stands for, and can be gone on with."""
+
+import json
+import shlex
+
+import pytest
+
+from jaxdistill.cli import main
+from jaxdistill.errors import UserError
+from jaxdistill.evals.cascade_model import CascadeModel
+from jaxdistill.recipes import pilot as module
+from jaxdistill.recipes.evaluate import Evaluate, evaluate
+from jaxdistill.recipes.pilot import Pilot, pilot
+from jaxdistill.recipes.pilot_report import advice_of
+from tests import tiny
+
+WORDS = (
+    "fox dog brown quick over lazy jumps river stone house paper light cloud green seven".split()
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model, and held-out texts long enough to ask what follows."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    model = tiny.save_model(folder / "model", max_position_embeddings=512)
+    texts = [" ".join(rng.choice(WORDS, 100 + i).tolist()) for i in range(24)]
+    for name, some in (("train", texts[:12]), ("held", texts[12:])):
+        lines = (json.dumps({"text": text}) + "\n" for text in some)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return {
+        "model": model,
+        "data": str(folder / "train.jsonl"),
+        "eval_data": str(folder / "held.jsonl"),
+        "steps": 3,
+        "batch_size": 2,
+        "seq_len": 64,
+        "eval_tokens": 1024,
+        "lr": 1e-3,
+        "samples": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def made(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "pilot"
+    return out, pilot(Pilot(**inputs, out=out))
+
+
+def test_every_part_is_there(made):
+    out, report = made
+    assert json.loads((out / "pilot.json").read_text()) == json.loads(json.dumps(report))
+    assert report["trained"] and report["made_questions"] and report["steps"] == 3
+    assert set(report["seconds"]) == {"ptq", "analysis", "run", "cascade", "cost", "all"}
+    assert len(report["advice"]) == 5
+    page = (out / "index.html").read_text()
+    for heading in ("What to do", "Before and after", "Slices", "Side by side", "Cascade", "Cost"):
+        assert f"<h2>{heading}</h2>" in page
+    for link in ("run/index.html", "analysis/index.html"):
+        assert f'href="{link}"' in page and (out / link).is_file()
+
+
+def test_its_numbers_are_those_of_the_verbs(made, inputs):
+    out, report = made
+    held = {"data": inputs["eval_data"], "seq_len": 64, "batch_size": 2}
+    again = evaluate(Evaluate(model=str(out / "run"), teacher=inputs["model"], **held))
+    shown = json.loads((out / "run" / "slices.json").read_text())
+    assert set(shown) == {"all", "longest:0.2", "rare_words:0.2"}
+    assert report["results"]["student"]["bytes"] < report["results"]["teacher"]["bytes"] / 2
+    few = Pilot(**inputs).eval_tokens // (2 * 64) * 2 * 64
+    assert report["results"]["student"]["tokens"] <= few < again["tokens"]
+    lines = (out / "questions.jsonl").read_text().splitlines()
+    assert set(json.loads(lines[0])) == {"context", "choices", "label", "text"}
+    asked = evaluate(Evaluate(model=inputs["model"], choices=(str(out / "questions.jsonl"),)))
+    alone, counts = report["cascade"]["alone"]["teacher"], report["cascade"]["questions"]
+    assert asked["choices_mean"]["items"] == len(lines) == sum(counts.values())
+    assert 0 < alone["accuracy"] < 1
+    samples = json.loads((out / "run" / "samples.json").read_text())
+    assert [list(s["answers"]) for s in samples] == [["teacher", "PTQ", "student"]] * 2
+
+
+def test_it_goes_on_where_it_stopped(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "pilot"
+
+    def gone(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "cascade", gone)
+    with pytest.raises(KeyboardInterrupt):
+        pilot(Pilot(**inputs, out=out))
+    monkeypatch.undo()
+    kept = (out / "run.json").read_bytes()
+    with pytest.raises(UserError, match="already holds a run; pass --resume"):
+        pilot(Pilot(**inputs, out=out))
+    monkeypatch.setattr(module, "quantize", gone)  # is not needed any more
+    report = pilot(Pilot(**inputs, out=out, resume=True))
+    assert (out / "run.json").read_bytes() == kept
+    assert report["results"] == json.loads(kept)["result"]
+
+
+def test_given_questions_choose_the_threshold(inputs, tmp_path, capsys):
+    rows = [
+        {"context": f"{w} {i}", "choices": WORDS[:2], "label": i % 2}
+        for i, w in enumerate(WORDS * 2)
+    ]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in inputs.items()]
+    out = tmp_path / "pilot"
+    main(
+        ["pilot", *words, "--bits=8", "--slice", "--questions", str(asked)]
+        + ["--max-drop=0.3", f"--out={out}", "--json"]
+    )
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not report["made_questions"] and report["cascade"]["max_drop"] == 0.3
+    assert CascadeModel.load(out / "cascade")("fox 1", WORDS[:2]).choice in (0, 1)
+    assert sum(report["cascade"]["questions"].values()) == len(rows)
+    assert not report["trained"] and report["analysis"] is None  # 8 bits lose nothing
+    assert report["advice"][0].startswith("No training needed: ")
+    assert "No slice was watched" in report["advice"][2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_drop": 1.5}, "--max-drop 1.5 given; accepted: between 0 and 1"),
+        ({"confidence": 0.0}, "--confidence 0.0 given; accepted: between 0 and 1"),
+        ({"limit": -1}, "--limit -1 given; accepted: 0 or more"),
+        ({"steps": 0}, "--steps 0 given; accepted: 1 or more"),
+        ({"device": "abacus"}, "abacus"),
+        ({"slice": ("nowhere",)}, "nowhere"),
+        ({"questions": "missing.jsonl"}, "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(changes, message, inputs, tmp_path):
+    out = tmp_path / "pilot"
+    with pytest.raises(UserError, match=message):
+        pilot(Pilot(**(inputs | changes), out=out))
+    assert not out.exists()
+
+
+def result(perplexity: float, kl: float, size: int) -> dict:
+    return {"perplexity": perplexity, "kl": kl, "bytes": size}
+
+
+def test_advice_follows_the_numbers(made):
+    _, report = made
+    results = {
+        "teacher": result(10.0, 0.0, 4_000_000),
+        "ptq": result(20.0, 0.8, 1_000_000),
+        "student": result(12.0, 0.2, 1_000_000),
+    }
+    said = advice_of(report | {"results": results}, None, True, ["jaxdistill", "quantize"])
+    assert "from 10.00 to 20.00; 3 steps brought it to 12.00, 75% of the KL" in said[0]
+    assert "4 MB before and 1 after. Next: jaxdistill quantize" in said[4]
+    alone = {name: {"accuracy": 0.5, "cost": 1.0} for name in ("student", "teacher")}
+    even = {"results": results, "cascade": report["cascade"] | {"alone": alone}}
+    said = advice_of(report | even, None, False, ["again"])
+    assert said[3].endswith("the student alone is no worse: 50.0%, 50.0%.")
+    alone["student"] = {"accuracy": 0.4, "cost": 1.0}
+    assert "no worse" not in advice_of(report | even, None, False, ["again"])[3]
+    worse = results | {"student": result(30.0, 0.9, 1)}
+    said = advice_of(report | {"results": worse}, "the slice 'x' lost most", True, ["again"])
+    assert "did not help: KL 0.800 to 0.900. Lower --lr" in said[0]
+    assert said[2] == "Mind the rare cases: the slice 'x' lost most."
+    assert shlex.split(said[4])[-1] == "again"
