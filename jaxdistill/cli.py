@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tyro
@@ -48,23 +49,66 @@ from jaxdistill.report.table import (
 )
 from jaxdistill.train.preemption import Stopped, ended_by_sigterm
 
-VERBS = {
-    "pilot": Pilot,
-    "quantize": Quantize,
-    "distill": Distill,
-    "evaluate": Evaluate,
-    "cascade": Cascade,
-    "cost": Cost,
-    "analyze": Analyze,
-    "cache-teacher": CacheTeacher,
-    "objectives": Objectives,
-    "condense": Condense,
-    "evaluate-set": EvaluateSet,
-    "plan": Plan,
-    "export": Export,
-    "generate": Generate,
-    "demo": Demo,
+
+def _show_evaluation(out: Console, o: Evaluate, result: dict[str, Any]) -> None:
+    if o.data is not None:
+        out.print(result_table({o.model: result}))
+    if o.choices:
+        out.print(choices_table(result["choices"], result["choices_mean"]))
+    for name, slices in result.get("slices", {}).items():
+        out.print(slices_table(slices, "nll" if name == TEXT else "acc", name))
+
+
+def _show_cascade(out: Console, _: Cascade, report: dict[str, Any]) -> None:
+    out.print(cascade_table(report))
+    out.print(cascade_sentence(report), highlight=False)
+
+
+def _show_cost(out: Console, _: Cost, report: dict[str, Any]) -> None:
+    out.print(cost_table(report))
+    out.print(cost_sentence(report), highlight=False)
+
+
+def _show_cache(_: Console, o: CacheTeacher, made: dict[str, Any]) -> None:
+    print(
+        f"{o.out}: {made['tokens']:,} tokens in {made['bytes'] / 1e6:,.1f} MB, "
+        f"{made['bytes_per_token']} bytes a token, {made['kept']:.2%} of the probability kept, "
+        f"{made['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def _show_objectives(out: Console, o: Objectives, _: Any) -> None:
+    if o.markdown:
+        print(objectives_markdown(), end="")
+    else:
+        out.print(objectives_table())
+
+
+# By verb: its options, what does it, and what shows the result on stdout where the job has not
+# shown it on stderr.
+_Show = Callable[[Console, Any, Any], None]
+_JOBS: dict[str, tuple[type, Callable[[Any], Any], _Show | None]] = {
+    "pilot": (Pilot, pilot, None),
+    "quantize": (Quantize, quantize, None),
+    "distill": (Distill, distill, None),
+    "evaluate": (Evaluate, evaluate, _show_evaluation),
+    "cascade": (Cascade, cascade, _show_cascade),
+    "cost": (Cost, cost, _show_cost),
+    "analyze": (Analyze, analyze, None),
+    "cache-teacher": (CacheTeacher, cache_teacher, _show_cache),
+    "objectives": (Objectives, lambda _: objectives(), _show_objectives),
+    "condense": (Condense, condense, None),
+    "evaluate-set": (
+        EvaluateSet,
+        evaluate_set,
+        lambda out, _, result: out.print(comparison_table(result["results"])),
+    ),
+    "plan": (Plan, plan, lambda out, _, report: out.print(plan_table(report))),
+    "export": (Export, export, lambda _, __, path: print(path)),
+    "generate": (Generate, generate, lambda _, __, text: print(text)),
+    "demo": (Demo, demo, None),
 }
+VERBS = {verb: options for verb, (options, *_) in _JOBS.items()}
 
 
 def run(options: Any) -> None:
@@ -73,89 +117,12 @@ def run(options: Any) -> None:
         join_hosts(options.hosts)
         if not is_primary():  # what is said is said once
             sys.stdout = open(os.devnull, "w")
-    out = Console()
-    match options:
-        case Pilot():
-            report = pilot(options)
-            if options.json:
-                print(json.dumps(report))
-        case Quantize():
-            results = quantize(options)
-            if options.json:
-                print(json.dumps(results))
-        case Distill():
-            results = distill(options)
-            if options.json:
-                print(json.dumps(results))
-        case Evaluate():
-            result = evaluate(options)
-            if options.json:
-                print(json.dumps(result))
-            elif options.data is not None:
-                out.print(result_table({options.model: result}))
-            if options.choices and not options.json:
-                out.print(choices_table(result["choices"], result["choices_mean"]))
-            for name, slices in result.get("slices", {}).items() if not options.json else ():
-                out.print(slices_table(slices, "nll" if name == TEXT else "acc", name))
-        case Cascade():
-            report = cascade(options)
-            if options.json:
-                print(json.dumps(report))
-            else:
-                out.print(cascade_table(report))
-                out.print(cascade_sentence(report), highlight=False)
-        case Cost():
-            report = cost(options)
-            if options.json:
-                print(json.dumps(report))
-            else:
-                out.print(cost_table(report))
-                out.print(cost_sentence(report), highlight=False)
-        case Analyze():
-            report = analyze(options)
-            if options.json:
-                print(json.dumps(report))
-        case CacheTeacher():
-            made = cache_teacher(options)
-            if options.json:
-                print(json.dumps(made))
-            else:
-                print(
-                    f"{options.out}: {made['tokens']:,} tokens in {made['bytes'] / 1e6:,.1f} MB, "
-                    f"{made['bytes_per_token']} bytes a token, {made['kept']:.2%} of the "
-                    f"probability kept, {made['tokens_per_second']:,.0f} tokens/s"
-                )
-        case Objectives():
-            if options.json:
-                print(json.dumps(objectives()))
-            elif options.markdown:
-                print(objectives_markdown(), end="")
-            else:
-                out.print(objectives_table())
-        case Condense():
-            result = condense(options)
-            if options.json:
-                print(json.dumps(result))
-        case EvaluateSet():
-            result = evaluate_set(options)
-            if options.json:
-                print(json.dumps(result))
-            else:
-                out.print(comparison_table(result["results"]))
-        case Plan():
-            report = plan(options)
-            if options.json:
-                print(json.dumps(report))
-            else:
-                out.print(plan_table(report))
-        case Export():
-            print(export(options))
-        case Generate():
-            print(generate(options))
-        case Demo():
-            report = demo(options)
-            if options.json:
-                print(json.dumps(report))
+    job, show = next((j, s) for kind, j, s in _JOBS.values() if type(options) is kind)
+    result = job(options)
+    if getattr(options, "json", False):
+        print(json.dumps(result))
+    elif show is not None:
+        show(Console(), options, result)
 
 
 def main(arguments: list[str] | None = None) -> None:

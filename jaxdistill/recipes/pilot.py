@@ -75,9 +75,9 @@ class Pilot:
     """Tokens a row."""
     lr: float = 1e-4
     """Peak learning rate."""
-    eval_tokens: int = 32768
+    eval_tokens: int = 16384
     """Tokens of held-out text that are evaluated; 0 for all."""
-    slice: tuple[str, ...] = ("longest:0.2", "rare_words:0.2")
+    slice: tuple[str, ...] = ("longest:0.35", "rare_words:0.35")
     """Named slices of the held-out text, see `jaxdistill quantize`."""
     samples: int = 3
     """Held-out prompts that teacher, PTQ and student answer."""
