@@ -1,4 +1,4 @@
-"""Every block of code in docs/ and README runs, on a tiny model in place of the real one."""
+"""Every bash and python block in docs/ runs, on a tiny model in place of the real one."""
 
 import contextlib
 import dataclasses

@@ -94,7 +94,8 @@ class CascadeModel:
             found = read_object(path)
             named = {"student": found["student"], "teacher": found["teacher"]}
             signal, normalized = str(found["signal"]), bool(found["normalized"])
-            target, drop, sure = (found[k] for k in ("target_accuracy", "max_drop", "confidence"))
+            target, sure = found["target_accuracy"], found["confidence"]
+            drop = found.get("max_drop")
             known = found["thresholds"]
             if known is not None:
                 known = [NEVER if t is None else float(t) for t in known]

@@ -52,15 +52,19 @@ def continuation_questions(
             f"{len(passages)} passages of {context_words + choice_words} words in {len(texts)} "
             f"texts; accepted: {choices} or more; give more or longer texts, or questions"
         )
+    of_text: dict[int, list[int]] = {}
+    for i, (number, *_) in enumerate(passages):
+        of_text.setdefault(number, []).append(i)
     random = np.random.default_rng(seed)
     drawn = random.permutation(len(passages))[: count or None]
     questions = []
     for i in sorted(drawn.tolist()):
         number, context, right = passages[i]
-        order = random.permutation(len(passages)).tolist()
-        near = [passages[j][2] for j in order if passages[j][0] == number]
-        far = [passages[j][2] for j in order]
-        wrong = [end for end in dict.fromkeys(near + far) if end != right][: choices - 1]
+        near, wrong = random.permutation(of_text[number]).tolist(), []
+        while len(wrong) < choices - 1:  # there are enough that differ
+            other = near.pop() if near else int(random.integers(len(passages)))
+            if passages[other][2] not in (right, *wrong):
+                wrong.append(passages[other][2])
         label = int(random.integers(choices))
         wrong.insert(label, right)
         questions.append(

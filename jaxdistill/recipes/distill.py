@@ -240,7 +240,7 @@ def _distill(
             known_to = teachers[0] if teachers and not crossed else None
             samples = run_samples(run.path, known_to, rounded, found.held_rows, o.samples)
     kind = Distill if said is None else Quantize
-    command = command_of(kind, {**(said or identity(o)), "out": o.out, "samples": o.samples})
+    command = command_of(kind, {**vars(o), "model": o.teacher, "resume": False, "json": False})
     report_run(run, results, console, _title(o), slices, samples, command)
     return results
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from rich.console import Console
 from jaxdistill.errors import UserError
 from jaxdistill.evals.choices import Question, load_choices
 from jaxdistill.evals.continuation import continuation_questions
-from jaxdistill.evals.devices import device
 from jaxdistill.models.hub import load_model
 from jaxdistill.models.json_text import read_object
 from jaxdistill.recipes.analyze import Analyze, analyze
@@ -29,15 +29,17 @@ from jaxdistill.recipes.command import command_of
 from jaxdistill.recipes.cost import Cost, cost
 from jaxdistill.recipes.options import Quantize
 from jaxdistill.recipes.pilot_report import report_pilot
-from jaxdistill.recipes.prepare import split_rows
+from jaxdistill.recipes.prepare import check_length, split_rows
 from jaxdistill.recipes.quantize import quantize
 from jaxdistill.recipes.run_report import enough
+from jaxdistill.recipes.slices import watched
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.encode import encode_rows
 from jaxdistill.train.run_directory import RunDirectory, write_json
-from jaxdistill.train.slices import described, slices_of
 
 _LEAST_QUESTIONS = 16
+_LONGER = 25  # times the pilot's steps: the training that it advises, and that costs are of
+_NOT_THE_PILOT = ("out", "resume", "json", "samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,17 +100,18 @@ def pilot(o: Pilot, console: Console | None = None) -> dict[str, Any]:
 
     Returns:
         ``trained``, whether training was needed, and ``steps`` of it; ``results`` of the run, see
-        ``recipes.distill``; ``analysis``, ``cascade`` and ``cost``, what these jobs return (no
-        analysis where nothing was trained); ``made_questions``, whether the questions were made of
-        text; ``advice``, five lines; ``seconds``, by part and ``all``.
+        ``recipes.distill``; ``analysis``, ``cascade`` (its costs in milliseconds a request) and
+        ``cost``, what these jobs return (no analysis where nothing was trained);
+        ``made_questions``, whether the questions were made of text; ``advice``, five lines;
+        ``seconds``, by part and ``all``.
 
     Raises:
         UserError: any input is wrong.
         Stopped: a signal came while it trained; ``--resume`` goes on.
     """
     console = console or Console(stderr=True)
-    questions = _questions(o)
-    known = {k: v for k, v in dataclasses.asdict(o).items() if k not in ("out", "resume", "json")}
+    questions = _checked_questions(o)
+    known = {k: v for k, v in dataclasses.asdict(o).items() if k not in _NOT_THE_PILOT}
     said = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
     with RunDirectory(o.out, said, resume=o.resume) as run:
         return _Study(o, console, run.path).run(questions)
@@ -143,10 +146,15 @@ class _Study:
                 samples=o.samples,
             ),
         )
+        trained = _LONGER * o.steps if needed else 0
+        spent = _cost(o, freeze=freeze, steps=trained)
         guarded = self._part(
-            "cascade", "when may the student answer?", lambda: self._cascade(questions)
+            "cascade", "when may the student answer?", lambda: self._cascade(questions, spent)
         )
-        spent = self._part("cost", "what does it cost?", lambda: self._cost(guarded, freeze))
+        there = guarded["test"]
+        spent = _cost(
+            o, coverage=there["shares"][0] if there else 0.0, freeze=freeze, steps=trained
+        )
         report = {
             "trained": needed,
             "steps": o.steps if needed else 0,
@@ -157,11 +165,21 @@ class _Study:
             "cost": spent,
             "seconds": self.seconds | {"all": sum(self.seconds.values())},
         }
-        command = command_of(Pilot, dataclasses.asdict(o) | {"resume": False, "json": False})
-        job = dataclasses.asdict(self._job("run", freeze=freeze))
-        longer = command_of(Quantize, job | {"out": "runs/full", "steps": 25 * o.steps})
-        report = report_pilot(out, report, command, longer, self.console)
-        return report
+        given = dataclasses.asdict(o) | {"resume": False, "json": False}
+        following = self._next(needed, results, freeze)
+        return report_pilot(out, report, command_of(Pilot, given), following, self.console)
+
+    def _next(self, needed: bool, results: dict[str, Any], freeze: str) -> list[str]:
+        """Return the command that comes next: export, a longer training, or a gentler one."""
+        o = self.o
+        if not needed:
+            run, name = str(self.out / "run"), "student.gguf"
+            return ["jaxdistill", "export", "--run", run, "--format", "gguf", "--out", name]
+        helped = results["student"]["kl"] < results["ptq"]["kl"]
+        changes: dict[str, Any] = {"freeze": freeze, "slice": o.slice, "samples": o.samples}
+        changes |= {"steps": _LONGER * o.steps} if helped else {"lr": o.lr / 10}
+        job = dataclasses.asdict(_job(o, Path("runs/full"), **changes))
+        return command_of(Quantize, job)
 
     def _part(self, name: str, what: str, make: Callable[[], Any]) -> Any:
         """Return a part's result: as it was found before, or made and kept."""
@@ -176,23 +194,18 @@ class _Study:
         self.seconds[name] = found["seconds"]
         return found["result"]
 
-    def _job(self, name: str, **changes: Any) -> Quantize:
-        """Return a quantization of the pilot's."""
-        shared = {f.name for f in dataclasses.fields(Quantize)}
-        same = {k: v for k, v in vars(self.o).items() if k in shared - {"out", "json", "resume"}}
-        plain = {"slice": (), "samples": 0, "out": self.out / name}
-        return Quantize(**(same | plain | changes))  # pyright: ignore[reportArgumentType]
-
     def _quantize(
         self, name: str, known: dict[str, Any] | None = None, **changes: Any
     ) -> dict[str, Any]:
         began = (self.out / name / "config.json").is_file()
         seen = {k: known[k] for k in ("teacher", "ptq")} if known else None
-        return dict(quantize(self._job(name, resume=began, **changes), self.console, known=seen))
+        job = _job(self.o, self.out / name, resume=began, **changes)
+        return dict(quantize(job, self.console, known=seen))
 
     def _analyze(self) -> dict[str, Any]:
         o = self.o
         size = None if o.group_size == "channel" else o.group_size
+        shutil.rmtree(self.out / "analysis", ignore_errors=True)  # one that was cut off
         return analyze(
             Analyze(
                 model=o.model,
@@ -206,8 +219,9 @@ class _Study:
             self.console,
         )
 
-    def _cascade(self, questions: list[Question]) -> dict[str, Any]:
+    def _cascade(self, questions: list[Question], spent: dict[str, Any]) -> dict[str, Any]:
         o = self.o
+        each = {name: 1e3 * use["seconds_a_request"] for name, use in spent["answers"].items()}
         path = _write_questions(self.out / "questions.jsonl", questions)
         return cascade(
             Cascade(
@@ -216,31 +230,42 @@ class _Study:
                 data=str(path),
                 max_drop=o.max_drop,
                 confidence=o.confidence,
+                costs=(each["student"], each["teacher"]),
                 seed=o.seed,
                 out=self.out / "cascade",
             ),
             self.console,
         )
 
-    def _cost(self, guarded: dict[str, Any], freeze: str) -> dict[str, Any]:
-        o = self.o
-        there = guarded["test"]
-        return cost(
-            Cost(
-                student=str(self.out / "run"),
-                teacher=o.model,
-                device=o.device,
-                price=o.price,
-                student_bits=o.bits,
-                group_size=None if o.group_size == "channel" else o.group_size,
-                coverage=there["shares"][0] if there else 0.0,
-                freeze=freeze,
-            )
+
+def _job(o: Pilot, out: Path, **changes: Any) -> Quantize:
+    """Return a quantization of the pilot's."""
+    shared = {f.name for f in dataclasses.fields(Quantize)} - {"out", "json", "resume"}
+    same = {k: v for k, v in vars(o).items() if k in shared}
+    plain = {"slice": (), "samples": 0, "out": out}
+    return Quantize(**(same | plain | changes))  # pyright: ignore[reportArgumentType]
+
+
+def _cost(o: Pilot, *, coverage: float = 0.0, freeze: str = "none", steps: int) -> dict[str, Any]:
+    """Return what a training of so many steps costs, and answering; of the model's shape alone."""
+    return cost(
+        Cost(
+            student=o.model,
+            teacher=o.model,
+            device=o.device,
+            price=o.price,
+            student_bits=o.bits,
+            group_size=None if o.group_size == "channel" else o.group_size,
+            coverage=coverage,
+            tokens=float(steps * o.batch_size * o.seq_len),
+            seq_len=o.seq_len,
+            freeze=freeze,
         )
+    )
 
 
-def _questions(o: Pilot) -> list[Question]:
-    """Return the questions, given or made; check all that can be wrong."""
+def _checked_questions(o: Pilot) -> list[Question]:
+    """Return the questions, given or made; raise ``UserError`` on anything that is wrong."""
     for name, value in (("max-drop", o.max_drop), ("confidence", o.confidence)):
         if not 0 < value < 1:
             raise UserError(f"--{name} {value} given; accepted: between 0 and 1")
@@ -248,14 +273,17 @@ def _questions(o: Pilot) -> list[Question]:
         raise UserError(f"--steps {o.steps} given; accepted: 1 or more")
     if o.limit < 0:
         raise UserError(f"--limit {o.limit} given; accepted: 0 or more")
-    device(o.device)
+    job = _job(o, o.out, slice=o.slice, samples=o.samples)
+    _cost(o, steps=o.steps)
     rows = load_rows(o.data if o.eval_data is None else o.eval_data)
     held = rows if o.eval_data is not None else split_rows(rows, o.data)[1]
-    slices_of(described(cast(Any, held), o.eval_data or o.data), o.slice)
+    model = load_model(o.model)
+    check_length(o.seq_len, model)
+    watched(job, held, model)
     if o.questions is not None:
         found = load_choices(o.questions, o.limit)
     else:
-        tokenizer = load_model(o.model).text_tokenizer()
+        tokenizer = model.text_tokenizer()
         examples = encode_rows(cast(Any, held), tokenizer, add_eos=False)
         texts = [str(tokenizer.decode(e.tokens, skip_special_tokens=True)) for e in examples]
         found = continuation_questions(texts, o.limit, seed=o.seed)

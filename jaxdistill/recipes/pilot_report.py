@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jaxdistill.evals.perplexity import recovered
-from jaxdistill.evals.slices import SliceReport, slice_warning
+from jaxdistill.evals.slices import LEAST_ITEMS, SliceReport, slice_warning
 from jaxdistill.models.json_text import parse_json, read_object
 from jaxdistill.recipes.run_report import BY, facts_of, warnings_of
 from jaxdistill.report.run_page import RunPage, run_page
@@ -24,13 +24,14 @@ from jaxdistill.report.table import (
     slices_table,
 )
 from jaxdistill.train.run_directory import read_metrics, write_json
+from jaxdistill.train.slices import WHOLE
 
 
 def report_pilot(
     out: Path,
     report: dict[str, Any],
     command: Sequence[str],
-    longer: Sequence[str],
+    following: Sequence[str],
     console: Console,
 ) -> dict[str, Any]:
     """Write pilot.json and index.html, show tables and advice; return the report with ``advice``.
@@ -39,14 +40,14 @@ def report_pilot(
         out: the pilot's directory, with its run in ``run``.
         report: see ``recipes.pilot.pilot``.
         command: what makes the pilot again.
-        longer: the training that may be advised next.
+        following: the command that is advised next.
         console: where tables and advice go.
     """
     run = out / "run"
     slices = read_object(run / "slices.json") if (run / "slices.json").is_file() else {}
     found = {name: SliceReport.from_plain(plain) for name, plain in slices.items()}
     warning = slice_warning(found, BY)
-    report |= {"advice": advice_of(report, warning, bool(slices), longer)}
+    report |= {"advice": advice_of(report, warning, slices, following)}
     write_json(out / "pilot.json", report)
     known, pilot = read_object(run / "config.json"), read_object(out / "config.json")
     seconds = report["seconds"]
@@ -62,7 +63,11 @@ def report_pilot(
         samples=_list(run / "samples.json"),
         cascade=report["cascade"],
         cost=report["cost"],
-        notes={"Cascade": _MADE} if report["made_questions"] else {},
+        notes={
+            "Cascade": (_MADE if report["made_questions"] else "")
+            + f"Costs are milliseconds a request on {report['cost']['device']}, see below.",
+            "Cost": _TRAINING,
+        },
         links={
             "The run: every curve and number of it": "run/index.html",
             **({"What to freeze, and why": "analysis/index.html"} if report["analysis"] else {}),
@@ -78,21 +83,25 @@ def report_pilot(
 
 _MADE = (
     "No questions were given, so these were made of the held-out text: which of four passages "
-    "follows? They show how the two models differ, not how your users ask; give --questions for "
-    "that."
+    "follows? They show how the two models differ, not how your users ask, and the promise holds "
+    "for other passages of these texts only; give --questions. "
 )
+_TRAINING = "Training is the longer one that is advised above, not the pilot's own."
 
 
 def advice_of(
-    report: Mapping[str, Any], slice_warning: str | None, sliced: bool, longer: Sequence[str]
+    report: Mapping[str, Any],
+    slice_warning: str | None,
+    slices: Mapping[str, Any],
+    following: Sequence[str],
 ) -> list[str]:
     """Return five lines: training, freezing, rare cases, the cascade, cost and what next.
 
     Args:
         report: see ``recipes.pilot.pilot``.
         slice_warning: what names the slice that lost most, if one did.
-        sliced: whether slices were watched.
-        longer: the command that trains longer.
+        slices: ``SliceReport.plain`` of those watched.
+        following: the command that comes next.
     """
     results, guarded = report["results"], report["cascade"]
     teacher, ptq, student = (results[name] for name in ("teacher", "ptq", "student"))
@@ -122,7 +131,12 @@ def advice_of(
         second += f": {why.removeprefix(f'{names}: ')}."
     if slice_warning:
         third = f"Mind the rare cases: {slice_warning}."
-    elif sliced:
+    elif slices and all(s["items"] < LEAST_ITEMS for n, s in slices.items() if n != WHOLE):
+        third = (
+            f"No watched slice has {LEAST_ITEMS} texts, too few to tell what was lost: give more "
+            "held-out text, and more --eval-tokens."
+        )
+    elif slices:
         third = (
             "No watched slice of ten texts or more surely lost more than the others; a small "
             "pilot sees large losses only."
@@ -131,8 +145,7 @@ def advice_of(
         third = "No slice was watched: name your rare cases with --slice."
     fifth = f"{cost_sentence(report['cost'])} The weights are "
     fifth += f"{teacher['bytes'] / 1e6:,.0f} MB before and {student['bytes'] / 1e6:,.0f} after. "
-    after = shlex.join(longer) if report["trained"] else "jaxdistill export"
-    fifth += f"Next: {after}"
+    fifth += f"Next: {shlex.join(following)}"
     fourth = cascade_sentence(guarded)
     own, best = (guarded["alone"][name]["accuracy"] for name in ("student", "teacher"))
     if own >= best:

@@ -25,27 +25,25 @@ def prompts_of(rows: Iterable[Mapping[str, Any]], model: Model, count: int) -> l
 
     A prompt is what comes before a chat's or an instruction's answer (its last 48 tokens), or the
     first 48 tokens of a plain text; fewer where the model reads less than 96. Rows that are too
-    short have none.
+    short, or have no answer that can be told from the prompt, have none.
     """
     length = min(PROMPT, model.config.max_position_embeddings // 2)
-    some = list(islice(rows, _LOOKED_AT * count))
-    if not some:
-        return []
-    plain = row_form(some[0], "held-out text") == "text"
     tokenizer = model.text_tokenizer()
-    examples = encode_rows(some, tokenizer, loss_on="all" if plain else "completion", add_eos=False)
-    try:
-        packed = prompt_rows(
-            examples,
-            seq_len=length + 1,
-            prompt_length=length,
-            pad_id=cast(int, tokenizer.pad_token_id or 0),
-        )
-    except UserError:  # all of them are too short
-        return []
-    starts = packed.loss_mask.argmax(axis=1)
-    pairs = zip(packed.tokens, starts, strict=True)
-    return [row[:start].tolist() for row, start in pairs if start][:count]
+    pad = cast(int, tokenizer.pad_token_id or 0)
+    found: list[list[int]] = []
+    for row in islice(rows, _LOOKED_AT * count):
+        try:
+            plain = row_form(row, "held-out text") == "text"
+            examples = encode_rows(
+                [row], tokenizer, loss_on="all" if plain else "completion", add_eos=False
+            )
+            packed = prompt_rows(examples, seq_len=length + 1, prompt_length=length, pad_id=pad)
+        except UserError:
+            continue
+        start = int(packed.loss_mask[0].argmax())
+        if start:
+            found.append(packed.tokens[0, :start].tolist())
+    return found[:count]
 
 
 def side_by_side(
@@ -60,6 +58,8 @@ def side_by_side(
     if not prompts:
         return []
     room = min(m.config.max_position_embeddings for m in models.values()) - max(map(len, prompts))
+    if room < 1:
+        return []
     how = Sampling(max_new_tokens=min(NEW, room))
     tokenizer = next(iter(models.values())).text_tokenizer()
     found = {name: continuations(model, prompts, how) for name, model in models.items()}
@@ -73,7 +73,7 @@ def side_by_side(
 
 
 def run_samples(
-    run: Path, teacher: Model | None, rounded: Params | None, rows: Any, count: int
+    run: Path | str, teacher: Model | None, rounded: Params | None, rows: Any, count: int
 ) -> list[dict[str, Any]]:
     """Return what teacher, PTQ and a run's finished student answer to held-out prompts.
 

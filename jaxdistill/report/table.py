@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -179,12 +180,17 @@ def cascade_sentence(report: Mapping[str, Any]) -> str:
     if report["thresholds"] is None:
         best = max(tier["accuracy"] for tier in report["alone"].values())
         wanted = f"{target:.1%}" if drop is None else f"a drop of at most {drop:.1%}"
-        instead = "a lower --target-accuracy" if drop is None else "a greater --max-drop"
-        return (
+        said = (
             f"No threshold was found that keeps {wanted} with confidence {sure:.0%}, from the "
-            f"careful side on; the best tier alone has {best:.1%} on the test questions. Give "
-            f"more questions, {instead}, or a person (--costs with three numbers)."
+            f"careful side on; the best tier alone has {best:.1%} on the test questions. Give more "
         )
+        if drop is None:
+            return said + (
+                "questions, a lower --target-accuracy, or a person (--costs with three numbers)."
+            )
+        least = math.ceil(math.log(1 - sure) / math.log(1 - drop))
+        there = report["questions"]["calibration"]
+        return said + f"questions ({there} chose, {least} is the least), or a greater --max-drop."
     parts = [
         f"the {tiers[i]} answers "
         + ("nothing" if t is None else f"where it is at least {t:.2f} sure")
@@ -226,11 +232,11 @@ def cost_sentence(report: Mapping[str, Any]) -> str:
     if large:
         return f"The {large[0]} does not fit into one {report['device']}: these figures are void."
     if report["pays_after"] is None:
-        return "The cascade takes no less than the teacher alone: a greater --coverage is needed."
-    return (
-        f"The cascade takes {report['saved']:.1%} fewer device hours than the teacher alone, and "
-        f"has saved those of its training after {report['pays_after']:,.0f} requests."
-    )
+        return "The cascade takes no less than the teacher alone: its student answers too little."
+    said = f"The cascade takes {report['saved']:.1%} fewer device hours than the teacher alone"
+    if not report["training"]["flops"]:
+        return said + "."
+    return said + f", and has saved those of training after {report['pays_after']:,.0f} requests."
 
 
 def plan_table(report: Mapping[str, Any]) -> Table:

@@ -52,7 +52,7 @@ def test_what_is_shown(models, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "1,000,000 requests on TPU v5e" in shown and "fewer device hours" in shown
     main(["cost", "--student", small, "--coverage", "0"])
-    assert "a greater --coverage is needed" in " ".join(capsys.readouterr().out.split())
+    assert "its student answers too little" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_directory_is_its_student(models, tmp_path):

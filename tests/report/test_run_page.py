@@ -8,6 +8,7 @@ import pytest
 
 from jaxdistill.evals.cost import Use
 from jaxdistill.report.run_page import RunPage, run_page
+from jaxdistill.report.slice_plots import draw_slices
 
 RESULTS = {
     "teacher": {"nll": 2.0, "perplexity": 7.389, "kl": 0.0, "agreement": 1.0, "bytes": 1000000},
@@ -155,6 +156,17 @@ def test_what_is_not_there_has_no_section():
     assert parsed(page).headings == ["Before and after"]
     alone = run_page(RunPage(title="t", metrics={"student": ROWS}, results=RESULTS))
     assert parsed(alone).alts == ["loss", "kl", "recovered"]
+
+
+def test_many_slices_with_odd_names_are_drawn():
+    of = SLICES["all"]
+    many = {
+        f"s{i} costs $5 to $\\bad": of | {"derived": {"lost": [float(i), 0.0, 1.0]}}
+        for i in range(600)
+    }
+    (few,) = draw_slices({name: many[name] for name in list(many)[-30:]}, "nll").values()
+    (all_,) = draw_slices(many | {"unknown": SLICES["a<b"]}, "nll").values()
+    assert few == all_  # those that lost most
 
 
 def test_a_cascade_without_a_threshold_says_so():
