@@ -13,7 +13,7 @@ from rich.markup import escape
 from jaxdistill.evals.perplexity import recovered
 from jaxdistill.evals.slices import LEAST_ITEMS, SliceReport, slice_warning
 from jaxdistill.models.json_text import parse_json, read_object
-from jaxdistill.recipes.run_report import BY, facts_of, warnings_of
+from jaxdistill.recipes.run_report import BY, facts_of
 from jaxdistill.report.run_page import RunPage, run_page
 from jaxdistill.report.table import (
     cascade_sentence,
@@ -55,7 +55,6 @@ def report_pilot(
         title=f"Pilot: {Path(pilot['options']['model']).name} at {pilot['options']['bits']} bits",
         facts=[*facts_of(known["options"]), f"{seconds['all'] / 60:.1f} minutes"],
         advice=report["advice"],
-        warnings=[*warnings_of(report["results"]), *([warning] if warning else [])],
         results=report["results"],
         metrics={"student": read_metrics(run)},
         slices=slices,
