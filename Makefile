@@ -51,7 +51,7 @@ bench-large: $(PEERS)/.installed ## time steps of a 1B model's shapes, on a GPU 
 	$(PEERS)/bin/python -m benchmarks --large
 
 docs: $(VENV)/.docs ## build the documentation into site/
-	$(VENV)/bin/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed ## check style, format and types
 	$(VENV)/bin/ruff check $(LINTED)
