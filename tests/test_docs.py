@@ -1,10 +1,10 @@
 """Every bash and python block in docs/ runs, on a tiny model in place of the real one."""
 
-import contextlib
 import dataclasses
 import json
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -88,8 +88,10 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(page: Path) -> None:
+def run(page: Path) -> list[Path]:
+    """Runs a page's blocks; returns what its commands promise to write."""
     scope: dict = {}
+    promised = []
     for kind, block in blocks(page):
         if kind == "python":
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -101,6 +103,8 @@ def run(page: Path) -> None:
             else:
                 assert words[0] == "jaxdistill"
                 main(smaller(words)[1:])
+                promised += [Path(w) for flag, w in pairwise(words) if flag == "--out"]
+    return promised
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.stem)
@@ -109,8 +113,8 @@ def test_every_block_runs(page, place, capsys):
         kept = blocks(ROOT / "docs" / NEEDS[page.name])[:1]
         for words in commands(kept[0][1]):
             main(smaller(words)[1:])
-    with contextlib.chdir(place):
-        run(page)
+    for path in run(page):
+        assert (place / path).is_file() or any((place / path).iterdir()), path
 
 
 def test_pages_have_blocks_and_a_place_in_the_site():
