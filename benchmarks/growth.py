@@ -42,20 +42,10 @@ RESULTS = Path(__file__).parent / "results"
 BASE = {"shape": "tiny", "work": "kd_qat", "rows": 2, "seq_len": 128}
 ROUNDS = 5
 Costs = dict[str, float]
+Timed = dict[str, float | Callable[[], Any]]  # costs; in the place of a time, what takes it
 
 
-def timed(go: Callable[[], Any]) -> float:
-    """Return the median seconds of some rounds, after one that is not counted."""
-    go()
-    found = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        go()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
-
-
-def step(**changed: Any) -> Costs:
+def step(**changed: Any) -> Timed:
     """Return a KD-QAT step's costs; ``layers`` and ``vocabulary`` change the model."""
     model = {"layers": "num_layers", "vocabulary": "vocab_size"}
     SHAPES["grown"] = SHAPES["tiny"] | {model[k]: v for k, v in changed.items() if k in model}
@@ -64,14 +54,14 @@ def step(**changed: Any) -> Costs:
     go, facts = ours.step(**settings)
     compiled = time.perf_counter() - began
     return {
-        "ms": 1e3 * timed(go),
+        "ms": go,
         "GFLOP": flops(**settings) / 1e9,
         "temporaries, MiB": facts["temporaries_mib"],
         "compile, s": compiled,
     }
 
 
-def saved(layers: int) -> Costs:
+def saved(layers: int) -> Timed:
     """Return what a checkpoint of a decoder of that depth costs."""
     config = dataclasses.replace(SMOLLM2, **SHAPES["tiny"] | {"num_layers": layers})
     params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
@@ -82,27 +72,53 @@ def saved(layers: int) -> Costs:
             kept.save(1, {"params": params}, "growth")
             kept.settle()
 
-    with tempfile.TemporaryDirectory() as here, Checkpoints(Path(here)) as kept:
+    there = tempfile.TemporaryDirectory()
+    with Checkpoints(Path(there.name)) as kept:
         kept.save(1, {"params": params}, "growth")
         kept.settle()
-        restore = timed(lambda: jax.block_until_ready(kept.restore({"params": params}, "growth")))
-    return {"save, ms": 1e3 * timed(save), "restore, ms": 1e3 * restore, "MiB": size / 2**20}
+
+    def restore() -> None:
+        with Checkpoints(Path(there.name)) as kept:
+            jax.block_until_ready(kept.restore({"params": params}, "growth"))
+
+    return {"save, ms": save, "restore, ms": restore, "MiB": size / 2**20}
 
 
-def unrolled_training(steps: int) -> Costs:
+def unrolled_training(steps: int) -> Timed:
     """Return a meta-gradient's costs through that many inner steps, two levels of checkpoints."""
     problem = mlp()
     compiled = meta_gradient(problem, steps, "both, 2 levels")
     given = (problem.inputs, problem.params, problem.targets, problem.real)
     return {
-        "ms": 1e3 * timed(lambda: jax.block_until_ready(compiled(*given))),
+        "ms": lambda: jax.block_until_ready(compiled(*given)),
         "inner steps": steps,
         "temporaries, MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
     }
 
 
+def measured(found: Mapping[int, Timed]) -> dict[str, Costs]:
+    """Return costs by size, with medians of rounds in the place of what is to be timed.
+
+    One round of every size in turn: where the machine's own rate moves, it moves for all.
+    """
+    jobs = [(size, name, go) for size, costs in found.items() for name, go in costs.items()]
+    jobs = [(size, name, go) for size, name, go in jobs if callable(go)]
+    times: dict[tuple[int, str], list[float]] = {(size, name): [] for size, name, _ in jobs}
+    for number in range(1 + ROUNDS):
+        for size, name, go in jobs:
+            began = time.perf_counter()
+            go()
+            if number:
+                times[size, name].append(1e3 * (time.perf_counter() - began))
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    return {
+        str(size): {name: medians.get((size, name), cost) for name, cost in costs.items()}
+        for size, costs in found.items()
+    }
+
+
 # axis -> (sizes, how to measure one, the cost that the time is held against)
-AXES: dict[str, tuple[Sequence[int], Callable[[int], Costs], str]] = {
+AXES: dict[str, tuple[Sequence[int], Callable[[int], Timed], str]] = {
     "rows": ((1, 2, 4, 8, 16, 32), lambda n: step(rows=n), "GFLOP"),
     "tokens of a row": ((64, 128, 256, 512, 1024, 2048), lambda n: step(seq_len=n), "GFLOP"),
     "vocabulary": (
@@ -130,8 +146,9 @@ def table(found: Mapping[str, Mapping[str, Costs]]) -> str:
         "# What each cost grows with\n",
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}. One axis "
         f"at a time; else the tiny shape, {BASE['rows']} rows of {BASE['seq_len']} tokens, KD-QAT "
-        f"per channel, layers scanned. Medians of {ROUNDS} rounds. The exponent is fitted to the "
-        "upper half of the sizes; of the arithmetic it says what the time may grow with.\n",
+        f"per channel, layers scanned. Medians of {ROUNDS} rounds of all sizes in turn. The "
+        "exponent is fitted to the upper half of the sizes; of the arithmetic it says what the "
+        "time may grow with.\n",
         "![](growth.png)",
     ]
     for axis, by_size in found.items():
@@ -178,11 +195,10 @@ def main() -> None:
     kept = json.loads(where.read_text()) if where.is_file() else {}
     for axis in given.axes or AXES:
         sizes, measure, _ = AXES[axis]
-        kept[axis] = {}
-        for size in sizes:
-            kept[axis][str(size)] = measure(size)
-            print(axis, size, kept[axis][str(size)], flush=True)
-            gc.collect()
+        kept[axis] = measured({size: measure(size) for size in sizes})
+        gc.collect()
+        for size, costs in kept[axis].items():
+            print(axis, size, costs, flush=True)
         where.write_text(json.dumps(kept, indent=1) + "\n")
         ordered = {name: kept[name] for name in AXES if name in kept}
         where.with_suffix(".md").write_text(table(ordered))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ops import segment_sum
 from jaxtyping import Array, Float
 
 from jaxdistill.errors import UserError
@@ -91,6 +93,7 @@ def kd_objective(
     vocab_size: int | None = None,
     chunk: int = CHUNK,
     fused: bool = True,
+    by_row: bool = False,
 ) -> Objective:
     """Build the distillation of one vocabulary: any loss, of any teacher, into any student.
 
@@ -109,6 +112,7 @@ def kd_objective(
         vocab_size: tokens of a padded vocabulary that exist; None for all rows of the head.
         chunk: tokens whose logits exist at once.
         fused: see ``losses.chunked``; False where the objective is differentiated twice.
+        by_row: metrics are (sums, counts) ``[B]``, of each row; no objective to train by.
 
     Returns:
         an ``Objective`` whose metrics are ``loss``, ``nll``, and with a teacher ``kl`` (of the
@@ -130,12 +134,13 @@ def kd_objective(
             return guides[0]
         return mix.entry.function(guides, row["targets"], **mix.given({}))
 
-    def rows(z, guides, row, knobs):
+    def rows(z, guides, row, knobs, batch_size):
         mask, targets = row["mask"], row["targets"]
 
         def total(values, weights=None):
             values = values if weights is None else weights * values
-            return jnp.sum(jnp.where(mask, values, jnp.zeros_like(values)))
+            values = jnp.where(mask, values, jnp.zeros_like(values))
+            return segment_sum(values, row["of"], batch_size) if by_row else jnp.sum(values)
 
         guide = guide_of(guides, row)
         goal = guide
@@ -157,7 +162,7 @@ def kd_objective(
                 "the loss compares with a teacher, and neither a teacher nor a batch with a cached "
                 "one is there; give one, or use ce"
             )
-        count = jnp.sum(mask, dtype=jnp.float32)
+        count = total(jnp.ones(mask.shape))
         sums = {
             "loss": total(what.rows(z, goal, targets, knobs, top_k=top_k), weights),
             "nll": total(ce(z, targets)),
@@ -181,12 +186,14 @@ def kd_objective(
         out, student_states = _split(student(params, *inputs))
         own = (teacher_params,) if callable(teacher) else tuple(teacher_params if teachers else ())
         guides = [_split(t(p, *inputs)) for t, p in zip(teachers, own, strict=True)]
-        row = row_data(batch)
+        row, batch_size = row_data(batch), read.shape[0]
+        if by_row:
+            row["of"] = jnp.repeat(jnp.arange(batch_size), read.shape[1])
         heads = [head_of(o, vocab_size) for o in (out, *(guide for guide, _ in guides))]
         _check_vocabularies([head.kernel.shape[0] for head in heads], vocab_size)
         heads = [_without(head, row["mask"]) for head in heads]
         sums: dict[str, Any] = chunked_sums(
-            rows,
+            functools.partial(rows, batch_size=batch_size),
             heads[0],
             heads[1:],
             row,
@@ -202,7 +209,7 @@ def kd_objective(
             sums["loss"] = sums["loss"] + term.weight * weight * mean
             pairs[term.entry.name] = (mean * count, count)
         pairs["loss"] = (sums["loss"], weight)
-        return sums["loss"], weight, pairs
+        return jnp.sum(sums["loss"]), jnp.sum(weight), pairs
 
     return objective
 

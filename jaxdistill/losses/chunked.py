@@ -87,13 +87,13 @@ def chunked_sums(
     *,
     chunk: int = CHUNK,
     fused: bool = True,
-) -> dict[str, Float[Array, ""]]:
+) -> dict[str, Float[Array, "..."]]:
     """Return ``rows_fn``'s sums over all tokens, chunk by chunk.
 
     Args:
-        rows_fn: maps one chunk of logits to a dict of scalar sums over its rows; only ``"loss"`` is
-            differentiated, by the student's hidden states and kernel, the rest are metrics. The
-            teachers get no gradient.
+        rows_fn: maps one chunk of logits to a dict of sums over its rows; only ``"loss"``, a scalar
+            then, is differentiated, by the student's hidden states and kernel, the rest are
+            metrics. The teachers get no gradient.
         student: the student's head.
         teachers: any number of them, none included.
         rows: any tree of arrays ``[N, ...]``: targets, weights. The last chunk is filled up with
@@ -103,7 +103,7 @@ def chunked_sums(
         fused: make the gradients in the forward pass (first order, by ``student`` only).
 
     Returns:
-        float32 scalars.
+        the sums, float32, of the shapes that ``rows_fn`` gives.
     """
     chunk = min(chunk, student.hidden.shape[0])
     split = functools.partial(pad_and_split, chunk=chunk)

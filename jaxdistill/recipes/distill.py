@@ -19,7 +19,7 @@ from rich.console import Console
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.confidence import teacher_confidence
-from jaxdistill.evals.perplexity import make_evaluator
+from jaxdistill.evals.perplexity import make_evaluator, make_row_evaluator
 from jaxdistill.evals.slices import report_slices
 from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
 from jaxdistill.kd.freeze import (
@@ -147,8 +147,8 @@ def _distill(
     # Evaluation reads the stored form, the very one that is saved and exported.
     beside = [] if crossed else plain
     own = student.apply(trained=False, dtype=jnp.dtype(o.dtype))
-    judged = kd_objective(own, beside or None, mixture=o.mixture, vocab_size=shared, chunk=o.chunk)
-    evaluate = make_evaluator(judged)
+    score = functools.partial(kd_objective, mixture=o.mixture, vocab_size=shared, chunk=o.chunk)
+    evaluate = make_evaluator(score(own, beside or None))
 
     def judge(stored: Params, on: list[Any]) -> dict[str, float | int]:
         policy = student.policy or Policy(rules=())
@@ -228,9 +228,10 @@ def _distill(
         with console.status("evaluating slices"):
             states = {name: before, "student": stored} if o.steps else {"student": stored}
             seen = guides if beside else None
-            sums = {k: watch.texts.sums(judged, params, seen) for k, params in states.items()}
+            by_row = make_row_evaluator(score(own, beside or None, by_row=True))
+            sums = {k: watch.texts.sums(by_row, params, seen) for k, params in states.items()}
             if beside:
-                alone = kd_objective(plain[0], None, vocab_size=shared, chunk=o.chunk)
+                alone = make_row_evaluator(score(plain[0], None, by_row=True))
                 sums = {"teacher": watch.texts.sums(alone, teachers[0].params, None)} | sums
         slices = report_slices(sums, watch.masks, by=BY)
     samples = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from jaxdistill.evals.choices import (
     load_choices,
     score_choices,
 )
-from jaxdistill.evals.perplexity import make_evaluator
+from jaxdistill.evals.perplexity import make_evaluator, make_row_evaluator
 from jaxdistill.evals.slices import report_slices
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
@@ -103,8 +104,8 @@ def evaluate(o: Evaluate, console: Console | None = None) -> dict[str, Any]:
         shared = None if teacher is None else check_same_vocabulary(teacher, model)
         packed = pack_rows(rows, model, o.seq_len, o.loss_on, o.packing, add_eos=False)
         own, guide = model.apply_fn(), None if teacher is None else teacher.apply_fn()
-        objective = kd_objective(own, guide, vocab_size=shared)
-        result |= make_evaluator(objective)(
+        score = functools.partial(kd_objective, vocab_size=shared)
+        result |= make_evaluator(score(own, guide))(
             model.params,
             None if teacher is None else teacher.params,
             eval_batches_of(packed, o.batch_size),
@@ -112,9 +113,10 @@ def evaluate(o: Evaluate, console: Console | None = None) -> dict[str, Any]:
         if masks:
             texts = Texts(rows, model, o.seq_len, o.loss_on, o.batch_size)
             taught = None if teacher is None else teacher.params
-            sums = {"student": texts.sums(objective, model.params, taught)}
+            by_row = make_row_evaluator(score(own, guide, by_row=True))
+            sums = {"student": texts.sums(by_row, model.params, taught)}
             if teacher is not None:
-                alone = kd_objective(teacher.apply_fn(), None, vocab_size=shared)
+                alone = make_row_evaluator(score(teacher.apply_fn(), by_row=True))
                 sums["teacher"] = texts.sums(alone, teacher.params, None)
             found = report_slices(sums, masks[TEXT], by="nll")
             result["slices"] = {TEXT: {name: report.plain() for name, report in found.items()}}

@@ -9,9 +9,8 @@ import numpy as np
 
 from jaxdistill.errors import UserError
 from jaxdistill.evals.choices import Question
-from jaxdistill.evals.perplexity import make_row_evaluator
+from jaxdistill.evals.perplexity import RowEvaluator
 from jaxdistill.evals.slices import ItemSums
-from jaxdistill.kd.objective import Objective
 from jaxdistill.models.hub import Model
 from jaxdistill.recipes.options import Training
 from jaxdistill.recipes.prepare import check_length
@@ -63,9 +62,9 @@ class Texts:
         packed = no_packing(pieces, seq_len, pad_id=cast(int, tokenizer.pad_token_id or 0))
         self.batches: list[Batch] = eval_batches(packed, batch_size)
 
-    def sums(self, objective: Objective, params: Any, teacher_params: Any) -> ItemSums:
+    def sums(self, evaluate: RowEvaluator, params: Any, teacher_params: Any) -> ItemSums:
         """Return by metric each text's (sum, count)."""
-        of_rows = make_row_evaluator(objective)(params, teacher_params, self.batches)
+        of_rows = evaluate(params, teacher_params, self.batches)
         n = self.owner.size
 
         def by_text(x: np.ndarray) -> np.ndarray:

@@ -213,7 +213,7 @@ def serve(
         lengths = [found.rows[i]["loss_mask"].sum() for i in range(len(found.rows))]
         difficulty = np.array(lengths, float)
     else:
-        objective = kd_objective(applies[0], None, "ce", vocab_size=shared)
+        objective = kd_objective(applies[0], None, "ce", vocab_size=shared, by_row=True)
         difficulty = _nll_of_rows(objective, teachers[0].params, found.rows, o.batch_size)
     return CurriculumBatches(
         found.rows,

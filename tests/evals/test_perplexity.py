@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.evals.perplexity import make_evaluator, recovered
+from jaxdistill.evals.perplexity import make_evaluator, make_row_evaluator, recovered
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.models.decoder import make_apply
 from tests import tiny
@@ -16,27 +16,57 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-def test_equals_numpy_over_all_targets():
+def by_row_in_numpy(apply, student, teacher, b) -> dict[str, np.ndarray]:
+    """Returns each row's sums over its targets, ``[B]``."""
+    inputs = (b["tokens"], b["positions"], b["segment_ids"])
+    logits = [np.asarray(apply(p, *inputs).logits(), np.float64) for p in (student, teacher)]
+    q, p = (log_softmax(z)[:, :-1] for z in logits)
+    mask, target = np.asarray(b["loss_mask"])[:, 1:], np.asarray(b["tokens"])[:, 1:]
+    of_token = {
+        "nll": -np.take_along_axis(q, target[..., None], -1)[..., 0],
+        "kl": (np.exp(p) * (p - q)).sum(-1),
+        "agreement": q.argmax(-1) == p.argmax(-1),
+        "count": np.ones(mask.shape),
+    }
+    return {name: (x * mask).sum(1) for name, x in of_token.items()}
+
+
+@pytest.fixture(scope="module")
+def models():
     c = tiny.config()
-    apply, student, teacher = make_apply(c), tiny.params(c, 0), tiny.params(c, 1)
     batches = [tiny.batch(c, seed=i) for i in range(3)]
     batches[2]["loss_mask"] = batches[2]["loss_mask"].at[1:].set(False)
+    apply, student, teacher = make_apply(c), tiny.params(c, 0), tiny.params(c, 1)
+    rows = [by_row_in_numpy(apply, student, teacher, b) for b in batches]
+    return (
+        apply,
+        student,
+        teacher,
+        batches,
+        {k: np.concatenate([r[k] for r in rows]) for k in rows[0]},
+    )
+
+
+def test_equals_numpy_over_all_targets(models):
+    apply, student, teacher, batches, rows = models
+    want = {name: x.sum() for name, x in rows.items()}
     got = make_evaluator(kd_objective(apply, apply, chunk=10))(student, teacher, batches)
-    nll = kl = same = count = 0.0
-    for b in batches:
-        inputs = (b["tokens"], b["positions"], b["segment_ids"])
-        logits = [np.asarray(apply(p, *inputs).logits(), np.float64) for p in (student, teacher)]
-        q, p = (log_softmax(z)[:, :-1] for z in logits)
-        mask, target = np.asarray(b["loss_mask"])[:, 1:], np.asarray(b["tokens"])[:, 1:]
-        nll -= np.take_along_axis(q, target[..., None], -1)[..., 0][mask].sum()
-        kl += (np.exp(p) * (p - q)).sum(-1)[mask].sum()
-        same += (q.argmax(-1) == p.argmax(-1))[mask].sum()
-        count += mask.sum()
+    count = want["count"]
     assert got["tokens"] == count
-    assert got["nll"] == pytest.approx(nll / count, rel=1e-5)
-    assert got["perplexity"] == pytest.approx(np.exp(nll / count), rel=1e-4)
-    assert got["kl"] == pytest.approx(kl / count, rel=1e-4)
-    assert got["agreement"] == pytest.approx(same / count)
+    assert got["nll"] == pytest.approx(want["nll"] / count, rel=1e-5)
+    assert got["perplexity"] == pytest.approx(np.exp(want["nll"] / count), rel=1e-4)
+    assert got["kl"] == pytest.approx(want["kl"] / count, rel=1e-4)
+    assert got["agreement"] == pytest.approx(want["agreement"] / count)
+
+
+def test_each_row_equals_numpy(models):
+    apply, student, teacher, batches, rows = models
+    objective = kd_objective(apply, apply, chunk=10, by_row=True)  # chunks cross rows of 16
+    got = make_row_evaluator(objective)(student, teacher, batches)
+    assert set(got) == {"nll", "kl", "agreement"}
+    for name, (sums, counts) in got.items():
+        np.testing.assert_allclose(counts, rows["count"], err_msg=name)
+        np.testing.assert_allclose(sums, rows[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_nothing_to_evaluate_is_an_error():
