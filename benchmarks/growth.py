@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import statistics
 import tempfile
@@ -42,6 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 BASE = {"shape": "tiny", "work": "kd_qat", "rows": 2, "seq_len": 128}
 ROUNDS = 5
 Costs = dict[str, float]
+Place = tuple[str, int]  # an axis and a size on it
 Timed = dict[str, float | Callable[[], Any]]  # costs; in the place of a time, what takes it
 
 
@@ -96,24 +98,24 @@ def unrolled_training(steps: int) -> Timed:
     }
 
 
-def measured(found: Mapping[int, Timed]) -> dict[str, Costs]:
-    """Return costs by size, with medians of rounds in the place of what is to be timed.
+def measured(found: Mapping[Place, Timed]) -> dict[Place, Costs]:
+    """Return costs with medians of rounds in the place of what is to be timed.
 
     One round of every size in turn: where the machine's own rate moves, it moves for all.
     """
-    jobs = [(size, name, go) for size, costs in found.items() for name, go in costs.items()]
-    jobs = [(size, name, go) for size, name, go in jobs if callable(go)]
-    times: dict[tuple[int, str], list[float]] = {(size, name): [] for size, name, _ in jobs}
+    jobs = [(place, name, go) for place, costs in found.items() for name, go in costs.items()]
+    jobs = [(place, name, go) for place, name, go in jobs if callable(go)]
+    times: dict[tuple[Place, str], list[float]] = {(place, name): [] for place, name, _ in jobs}
     for number in range(1 + ROUNDS):
-        for size, name, go in jobs:
+        for place, name, go in jobs:
             began = time.perf_counter()
             go()
             if number:
-                times[size, name].append(1e3 * (time.perf_counter() - began))
+                times[place, name].append(1e3 * (time.perf_counter() - began))
     medians = {key: statistics.median(values) for key, values in times.items()}
     return {
-        str(size): {name: medians.get((size, name), cost) for name, cost in costs.items()}
-        for size, costs in found.items()
+        place: {name: medians.get((place, name), cost) for name, cost in costs.items()}
+        for place, costs in found.items()
     }
 
 
@@ -193,11 +195,14 @@ def main() -> None:
     keep_pages()
     where = RESULTS / "growth.json"
     kept = json.loads(where.read_text()) if where.is_file() else {}
-    for axis in given.axes or AXES:
-        sizes, measure, _ = AXES[axis]
-        kept[axis] = measured({size: measure(size) for size in sizes})
+    # Axes of one kind are compared with each other: they share their rounds.
+    for _, kind in itertools.groupby(given.axes or AXES, lambda axis: axis.split(",")[0]):
+        places = [(axis, size) for axis in kind for size in AXES[axis][0]]
+        found = measured({place: AXES[place[0]][1](place[1]) for place in places})
         gc.collect()
-        for size, costs in kept[axis].items():
+        kept |= {axis: {} for axis, _ in places}
+        for (axis, size), costs in found.items():
+            kept[axis][str(size)] = costs
             print(axis, size, costs, flush=True)
         where.write_text(json.dumps(kept, indent=1) + "\n")
         ordered = {name: kept[name] for name in AXES if name in kept}

@@ -16,8 +16,9 @@ def keep_pages() -> bool:
     XLA on a CPU allocates the temporaries of a step when it begins and frees them when it ends.
     Blocks of that size come fresh from the kernel each time otherwise, page by page, each filled
     with zeros: about a tenth of a training step (``python -m benchmarks``). The command line calls
-    this first; other programs may, before they compute. What was allocated once stays with the
-    process until it ends.
+    this first; other programs may, before they compute and before they import what starts threads
+    (``datasets``): those would keep heaps of their own, which blocks of that size do not fit into.
+    What was allocated once stays with the process until it ends.
 
     Returns:
         whether there is such a malloc.

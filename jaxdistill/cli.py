@@ -11,7 +11,6 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from jaxdistill._memory import keep_pages
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import is_primary
 from jaxdistill.recipes.analyze import Analyze, analyze
@@ -127,7 +126,6 @@ def run(options: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, run, and exit: 0 done, 2 bad input or a full disk, 130 and 143 stopped by a signal."""
-    keep_pages()
     try:
         with ended_by_sigterm():
             options = tyro.extras.subcommand_cli_from_dict(

@@ -89,8 +89,8 @@ figure.tight_layout()
 # %% [markdown]
 # ## Is the promise kept?
 #
-# Draw the half 200 times; take all 800 questions for the truth. The share of draws that lose no
-# more than 3 % must be 90 % or more.
+# Draw 400 questions 200 times, with replacement; take all 800 for the truth. The share of draws
+# that lose no more than 3 % must be 90 % or more.
 
 # %%
 kept, shares = [], []

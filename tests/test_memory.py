@@ -34,6 +34,30 @@ def test_pages_are_kept():
     assert faults["keep"] < 100 < 2**26 // 4096 * 0.9 < faults["not"]
 
 
+# Starts the command line; prints how many heaps there are beside the first one.
+STARTED = """
+import contextlib, sys
+from jaxdistill.__main__ import main
+sys.argv = ["jaxdistill", "objectives", "--json"]
+with contextlib.redirect_stdout(sys.stderr):
+    main()
+import datasets, jax
+jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((512, 512))))
+beside = 0
+for line in open("/proc/self/maps"):
+    place, rights, *_, inode = line.split()[:5]
+    start = int(place.split("-")[0], 16)  # glibc lays such heaps at multiples of 64 MiB
+    beside += start % 2**26 == 0 and rights.startswith("rw") and inode == "0"
+print(beside)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_the_command_line_has_one_heap():
+    printed = subprocess.check_output([sys.executable, "-c", STARTED], stderr=subprocess.DEVNULL)
+    assert int(printed) == 0
+
+
 # Takes and frees 3 GiB that it never touches; prints how much longer the heap is then.
 LARGE = """
 import ctypes

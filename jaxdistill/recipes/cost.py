@@ -21,7 +21,8 @@ class Cost:
     """Say what training and answering cost, by teacher, student and a cascade of both."""
 
     student: str
-    """The small model: a directory, a .gguf file, or a hub name; its shape alone is read."""
+    """The small model: a run, a directory, a .gguf file, or a hub name; its shape alone is read,
+    its bits are --student-bits."""
     teacher: str | None = None
     """The large model; by default the student's own shape, 16 bits a weight (KD-QAT)."""
     device: str = "h100"

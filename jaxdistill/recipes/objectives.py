@@ -131,7 +131,7 @@ line, the Python interface and this page read the same registry.
 
 ## How to write one
 
-    jaxdistill distill ... --objective 0.9*jsd:beta=0.1,temperature=2+0.1*ce
+    jaxdistill distill ... --objective '0.9*jsd:beta=0.1,temperature=2+0.1*ce'
 
 An objective is `NAME`, or `NAME:ARGUMENT=VALUE,ARGUMENT=VALUE`, or a sum of such terms joined by
 `+`, each with a weight and `*` in front of it where that is not 1. Names and arguments are those
