@@ -41,7 +41,7 @@ def config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(shape | changes))
 
 
-def batches(texts: list[str], rows: int = 8, length: int = 48) -> Callable[[int], Batch]:
+def batches(texts: list[str], rows: int = 16, length: int = 64) -> Callable[[int], Batch]:
     """Return ``number -> batch`` of random places in texts."""
     data = np.frombuffer("\n".join(texts).encode(), np.uint8)
 

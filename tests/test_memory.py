@@ -43,12 +43,14 @@ with contextlib.redirect_stdout(sys.stderr):
     main()
 import datasets, jax
 jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((512, 512))))
-beside = 0
-for line in open("/proc/self/maps"):
-    place, rights, *_, inode = line.split()[:5]
-    start = int(place.split("-")[0], 16)  # glibc lays such heaps at multiples of 64 MiB
-    beside += start % 2**26 == 0 and rights.startswith("rw") and inode == "0"
-print(beside)
+def place(line):
+    return [int(x, 16) for x in line.split()[0].split("-")], line.split()[1]
+maps = [place(line) for line in open("/proc/self/maps")]
+# Of glibc: 64 MiB at a multiple of 64 MiB, what is used, and after it what is not yet.
+print(sum(
+    start % 2**26 == 0 and (here, rest[1]) == ("rw-p", "---p") and rest[0] == [end, start + 2**26]
+    for ((start, end), here), rest in zip(maps, maps[1:])
+))
 """
 
 
