@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.dataset_distillation.problems import DATA, LAYERS, SEQ_LEN, WORK, texts_of
-from jaxdistill.dd.admm import perplexity_projected
+from jaxdistill.dd.perplexity_projection import perplexity_projected
 from jaxdistill.dd.stored_set import load_set
 from jaxdistill.dd.text import filter_generated, generate_texts, nearest_tokens
 from jaxdistill.evals.features import embed, embedding_table, moments, text_features, token_ids

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from jaxdistill.dd.mixed_mode import LossFn
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.unroll import Unroll, make_unroll
-from jaxdistill.errors import UserError
 from jaxdistill.kd.objective import Batch, Objective
 from jaxdistill.models.decoder import ApplyFn
 
@@ -22,21 +21,11 @@ def objective_loss(objective: Objective) -> LossFn:
     """Return an objective's mean, ``(params, data) -> scalar``, for inner and outer losses.
 
     ``data`` is a batch, and where the objective has a live teacher, that teacher's params under
-    ``teacher``. Where the batch has ``token_logits`` ``[B, T, V]``, each place is read as the mean
-    of the embeddings in ``params`` under their softmax. Build the objective with ``fused=False``:
-    it is differentiated twice.
+    ``teacher``. Build the objective with ``fused=False``: it is differentiated twice.
     """
 
     def loss(params: Any, data: Any) -> Array:
-        batch = {name: x for name, x in data.items() if name not in ("teacher", "token_logits")}
-        if "token_logits" in data and "teacher" in data:
-            raise UserError(
-                "token distributions are read through the student's table, and a live teacher has "
-                "its own; give the teacher's labels instead: with_teacher_labels"
-            )
-        if "token_logits" in data:
-            probs = jax.nn.softmax(data["token_logits"], axis=-1)
-            batch["embeddings"] = probs @ params["embed_tokens"]["embedding"]
+        batch = {name: x for name, x in data.items() if name != "teacher"}
         total, count, _ = objective(params, data.get("teacher"), batch)
         return total / jnp.where(count > 0, count, jnp.ones_like(count))
 
@@ -70,30 +59,12 @@ def embedded_rows(
     return Synthetic(learned=learned, fixed={name: jnp.asarray(x) for name, x in rows.items()})
 
 
-def soft_token_rows(rows: Batch, vocab_size: int, *, sharpness: float | int = 5.0) -> Synthetic:
-    """Return a set of token distributions ``[M, T, V]`` that begins as the tokens of real rows.
-
-    Unlike embeddings they stay within what tokens can mean, and belong to no model's table.
-
-    Args:
-        rows: M packed rows; their tokens stay as the hard labels.
-        vocab_size: V.
-        sharpness: logit of the real token, the others' being 0.
-    """
-    tokens = jnp.asarray(rows["tokens"])
-    learned = {"token_logits": sharpness * jax.nn.one_hot(tokens, vocab_size)}
-    return Synthetic(learned=learned, fixed={name: jnp.asarray(x) for name, x in rows.items()})
-
-
 def with_teacher_labels(
     synthetic: Synthetic, teacher: ApplyFn, teacher_params: Any, *, vocab_size: int | None = None
 ) -> Synthetic:
     """Return the set with what a teacher says of its rows as fixed soft labels ``[M, T, V]``."""
     rows = synthetic.batch()
     read = rows["embeddings"] if "embeddings" in rows else rows["tokens"]
-    if "token_logits" in rows:
-        probs = jax.nn.softmax(rows["token_logits"], axis=-1)
-        read = probs @ teacher_params["embed_tokens"]["embedding"]
     out = teacher(teacher_params, read, rows.get("positions"), rows.get("segment_ids"))
     logits = out.logits()[..., :vocab_size]
     learned = {k: x for k, x in synthetic.learned.items() if k != "teacher_logits"}

@@ -30,22 +30,33 @@ Distance = Literal["cosine", "l2"]
 
 
 def gradient_distance(ours: Any, theirs: Any, distance: Distance = "cosine") -> Float[Array, ""]:
-    """Compare two gradients, summed over their leaves.
+    """Compare two gradients.
 
     ``cosine``: ``sum over output units of 1 - cos``, as Zhao et al. (arXiv 2006.05929) for every
-    layer. An output unit is an index of the last axis, as in a kernel ``[..., in, out]``; a leaf of
-    one axis (bias, scale) counts as one vector. ``l2``: ``||ours - theirs||^2``.
-    """
+    layer. An output unit is an index of the last axis, as in a kernel ``[..., in, out]``. Leaves of
+    one axis (biases, norm scales) are left out, as in the authors' code. ``l2``: ``||ours -
+    theirs||^2`` over all leaves.
 
-    def of_leaf(a: Array, b: Array) -> Array:
-        if distance == "l2":
-            return jnp.sum((a - b) ** 2)
-        a, b = (x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1) for x in (a, b))
+    Raises:
+        UserError: ``cosine`` without a leaf of two axes or more.
+    """
+    pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+    if distance == "l2":
+        return functools.reduce(jnp.add, (jnp.sum((a - b) ** 2) for a, b in pairs))
+    pairs = [(a, b) for a, b in pairs if a.ndim > 1]
+    if not pairs:
+        raise UserError(
+            "cosine gradient matching compares kernels, and this network has no parameter of two "
+            "axes or more; use distance='l2'"
+        )
+
+    def of_kernel(a: Array, b: Array) -> Array:
+        a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
         # Within the root: a unit without gradient has distance 1 and a bounded derivative.
         norms = [jnp.sqrt(jnp.sum(x * x, axis=0) + 1e-12) for x in (a, b)]
         return jnp.sum(1 - jnp.sum(a * b, axis=0) / (norms[0] * norms[1]))
 
-    return jax.tree.reduce(jnp.add, jax.tree.map(of_leaf, ours, theirs))
+    return functools.reduce(jnp.add, (of_kernel(a, b) for a, b in pairs))
 
 
 def gradient_matching(

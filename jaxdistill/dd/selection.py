@@ -7,7 +7,8 @@ Ties go to the lower index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,7 +80,8 @@ PICKS: dict[str, Pick] = {
     "random": random_selection,
     "herding": herding,
     "k-center": k_center,
-    "score": by_score,
+    "hardest": by_score,
+    "easiest": functools.partial(by_score, largest=False),
 }
 
 
@@ -123,7 +125,11 @@ def quota_per_class(labels: Any, count: int) -> dict[int, int]:
 
 
 def quotas_with_slices(
-    labels: Any, slices: Mapping[str, Any], per_class: int, per_slice: int
+    labels: Any,
+    slices: Mapping[str, Any],
+    per_class: int,
+    per_slice: int,
+    names: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Share every class's quota among its slices so that no named slice falls short.
 
@@ -136,6 +142,7 @@ def quotas_with_slices(
         slices: masks ``[N]`` by name; they may overlap and cross classes.
         per_class: examples of each class.
         per_slice: examples of each slice, at least.
+        names: the classes' names by number, for errors.
 
     Returns:
         The group of every example, text, and the quotas: what ``select`` takes.
@@ -154,11 +161,11 @@ def quotas_with_slices(
         if mask.sum() < per_slice:
             raise _too_few(f"slice '{name}'", int(mask.sum()), per_slice)
     digits = len(str(labels.max()))
-    names = np.array([f"class {label:0{digits}d}" for label in labels], object)
+    keys = np.array([f"class {label:0{digits}d}" for label in labels], object)
     for name, mask in masks.items():
-        names[mask] += f" + {name}"
+        keys[mask] += f" + {name}"
     groups, first, of, sizes = np.unique(
-        names.astype(str), return_index=True, return_inverse=True, return_counts=True
+        keys.astype(str), return_index=True, return_inverse=True, return_counts=True
     )
     class_of = labels[first]
     member = np.array([mask[first] for mask in masks.values()], int).reshape(-1, len(groups))
@@ -166,7 +173,7 @@ def quotas_with_slices(
     for label in np.unique(labels):
         mine = np.flatnonzero(class_of == label)
         if sizes[mine].sum() < per_class:
-            raise _too_few(f"class {label}", int(sizes[mine].sum()), per_class)
+            raise _too_few(_group_name(int(label), names), int(sizes[mine].sum()), per_class)
         exact = per_class * sizes[mine] / sizes[mine].sum()
         shares[mine] = exact.astype(int)
         rest = per_class - shares[mine].sum()
@@ -213,6 +220,13 @@ def _least_moves(
     return up - down
 
 
+def _group_name(group: Any, names: Sequence[str] | None) -> str:
+    """Return what an error calls a group: a text is its own name, a class has a number."""
+    if isinstance(group, str):
+        return group
+    return f"class {group if names is None else repr(names[group])}"
+
+
 def _too_few(what: str, there: int, wanted: int) -> UserError:
     return UserError(
         f"{what} has {there} examples and its quota is {wanted}: lower the quota or add data"
@@ -225,15 +239,17 @@ def select(
     groups: Any,
     quotas: Mapping[Any, int],
     seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> Int[np.ndarray, "n"]:
     """Pick ``quotas[g]`` examples of every group ``g``.
 
     Args:
         method: a name in ``PICKS``, or a pick.
-        features: ``[N, ...]``, numpy or jax; scores ``[N]`` for ``by_score``.
+        features: ``[N, ...]``, numpy or jax; scores ``[N]`` for ``hardest`` and ``easiest``.
         groups: ``[N]`` integers or texts: classes, or what ``quotas_with_slices`` gives.
         quotas: examples by group; a group that is not named gives none.
         seed: for what is random.
+        names: the classes' names by number, for errors.
 
     Returns:
         Indices into the N examples, ascending by group, in a group in the order of choice.
@@ -253,8 +269,7 @@ def select(
     for group in sorted(quotas):
         rows = np.flatnonzero(groups == group)
         if len(rows) < quotas[group]:
-            name = group if isinstance(group, str) else f"class {group}"
-            raise _too_few(name, len(rows), quotas[group])
+            raise _too_few(_group_name(group, names), len(rows), quotas[group])
         own = np.random.SeedSequence([seed, *str(group).encode()])
         chosen.append(rows[pick(features[rows], quotas[group], int(own.generate_state(1)[0]))])
     return np.concatenate(chosen)

@@ -1,6 +1,6 @@
 """Text for a synthetic set: the nearest tokens, the nearest real examples, or generated text.
 
-``dd.admm`` finds tokens that a language model finds likely as well.
+``dd.perplexity_projection`` finds tokens that a language model finds likely as well.
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ def filter_generated(
     threshold: float | None = None,
     duplicate: float = 0.95,
     pick: Callable[[np.ndarray, int], Any] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Int[np.ndarray, "K"]:
     """Choose among generated texts: confirmed by a classifier, no duplicates, diverse.
 
@@ -184,6 +185,7 @@ def filter_generated(
         duplicate: a larger cosine to a surer text of the class makes a duplicate.
         pick: ``(unit features [n, F], per_class) -> positions``; None: greedy k-center (arXiv
             1708.00489) from the text nearest to the mean.
+        names: the classes' names by number, for errors.
 
     Returns:
         Rows, class by class.
@@ -208,9 +210,9 @@ def filter_generated(
                 kept.append(int(row))
         if len(kept) < per_class:
             raise UserError(
-                f"class {label}: of {len(rows)} texts {len(confirmed)} are confirmed and "
-                f"{len(kept)} of these are no duplicates; accepted: at least {per_class}; generate "
-                "more or lower the threshold"
+                f"class {label if names is None else repr(names[label])}: of {len(rows)} texts "
+                f"{len(confirmed)} are confirmed and {len(kept)} of these are no duplicates; "
+                f"accepted: at least {per_class}; generate more or lower the threshold"
             )
         chosen.append(np.asarray(kept)[np.asarray((pick or k_center)(units[kept], per_class))])
     return np.concatenate(chosen).astype(np.int32)

@@ -138,13 +138,6 @@ def embed(
     return table[ids] * real[..., None].astype(np.float32)
 
 
-def token_embeddings(
-    model: Model, texts: Sequence[str], seq_len: int = 64
-) -> Float32[np.ndarray, "N T D"]:
-    """Return the input embeddings of each text's first ``seq_len`` tokens, zero at padding."""
-    return embed(embedding_table(model), *token_ids(model, texts, seq_len))
-
-
 def moments(
     train: Float32[np.ndarray, "N ..."],
 ) -> tuple[Float32[np.ndarray, "*D"], Float32[np.ndarray, "*D"]]:

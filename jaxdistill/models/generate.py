@@ -85,11 +85,6 @@ def draw(
     return token_B, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def pick(logits_BV: Float[Array, "B V"], rng: Array, how: Sampling) -> Int[Array, "B"]:
-    """Draw one token a row by ``how``."""
-    return draw(logits_BV, rng, how)[0]
-
-
 def sample(
     apply: Callable[..., Any],
     config: ModelConfig,

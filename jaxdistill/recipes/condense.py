@@ -26,6 +26,7 @@ from jaxdistill.recipes.condense_methods import (
     classifier_of,
     draw_weights,
     first_set,
+    keeps_easiest,
     meta_loss_of,
     selected,
 )
@@ -75,7 +76,8 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
     check_real(data, o.model, o.level)
     slices = slices_of(data.described, o.slice)
     groups, quotas = quotas_of(data, slices, o.per_class, o.per_slice)
-    select("random", np.zeros(len(data)), groups, quotas)  # says which group is too small
+    # Refuses a group that is too small.
+    select("random", np.zeros(len(data)), groups, quotas, names=data.classes)
     model = load_model(o.model).floats() if o.model else None
     net = classifier_of(o, *shape_of(data, o.level, model, o.seq_len), len(data.classes))
     run = opened.enter_context(RunDirectory(o.out, condense_identity(o), resume=o.resume))
@@ -102,6 +104,12 @@ def _condense(o: Condense, console: Console, opened: contextlib.ExitStack) -> di
         what = learning(o, first_set(o, real, rows), meta_loss, batches, print_)
         synthetic = learn(o, what, run, console)
     else:
+        if o.method == "el2n":
+            kept = "easiest" if keeps_easiest(o, data.labels) else "hardest"
+            console.print(
+                f"el2n keeps the {kept} {o.per_class} of each class, of {len(data):,} examples in "
+                "all (--hardness)"
+            )
         with console.status("selecting"):
             rows = selected(o, real, net, groups, quotas)
         synthetic = Synthetic(

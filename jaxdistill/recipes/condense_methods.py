@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 
 from jaxdistill.dd.classification import classification_loss
 from jaxdistill.dd.condense import MetaLoss
@@ -34,7 +35,7 @@ from jaxdistill.recipes.condense_options import Condense
 
 _POOL = 1024  # examples that are weighed in one unrolled training
 _EXPERTS = 1
-_POINTS = 20  # that are kept of an expert's trajectory
+_POINTS = 20  # stored points of an expert's trajectory, at least
 
 
 def classifier_of(o: Condense, level: Level, shape: tuple[int, ...], classes: int) -> Classifier:
@@ -107,14 +108,24 @@ def batches_of(o: Condense, real: Real, net: Classifier, weights: np.ndarray | N
     return RealBatches(real, o.batch_size, o.seed, weights=weights, grouped=grouped)
 
 
+def kept_every(steps: int, span: int) -> int:
+    """Return how many expert steps lie between two stored points.
+
+    Both numbers are multiples of it. It is the largest such number that stores at least 20 points,
+    or 1.
+    """
+    common = math.gcd(steps, span)
+    return max(n for n in range(1, common + 1) if common % n == 0 and n <= max(1, steps // _POINTS))
+
+
 class _ExpertBatches:
     """Serve stretches of the experts' trajectories; batch i depends on the seed and i alone."""
 
     def __init__(self, o: Condense, real: Real, net: Classifier) -> None:
-        every = max(1, o.expert_steps // _POINTS)
-        points = o.expert_steps // every
+        steps_span = o.expert_span or o.expert_steps // 2
+        every = kept_every(o.expert_steps, steps_span)
         self._seed, self._experts = o.seed, o.experts
-        self._span = min(max(1, round(o.inner_steps / every)), max(1, points - 1))
+        self._span = steps_span // every
         data = {"inputs": jnp.asarray(real.all_inputs()), "labels": jnp.asarray(real.data.labels)}
         small = o.batch_size < len(real.data)
 
@@ -127,7 +138,7 @@ class _ExpertBatches:
                     data,
                     key,
                     tx=optax.sgd(o.inner_rate),
-                    steps=every * points,
+                    steps=o.expert_steps,
                     every=every,
                     batch_size=o.batch_size if small else None,
                 )
@@ -174,8 +185,23 @@ def selected(
     """Return the rows that a method of selection picks."""
     if o.method in ("random", "herding", "k-center"):
         return select(o.method, real.features, groups, quotas, o.seed)
-    scores = _el2n(o, real, net) if o.method == "el2n" else _meta_gradient_scores(o, real, net)
-    return select("score", scores, groups, quotas, o.seed)
+    if o.method == "el2n":
+        easiest = keeps_easiest(o, real.data.labels)
+        return select("easiest" if easiest else "hardest", _el2n(o, real, net), groups, quotas)
+    return select("hardest", _meta_gradient_scores(o, real, net), groups, quotas)
+
+
+def keeps_easiest(o: Condense, labels: Int32[np.ndarray, "N"]) -> bool:
+    """Return whether ``el2n`` keeps the examples of the smallest scores.
+
+    Pruning up to half of a data set works best without its easiest examples (Paul et al., arXiv
+    2107.07075). The less is kept, the more the easy examples are worth (Sorscher et al., arXiv
+    2206.14486); a few of the hardest are mostly outliers and wrong labels.
+    """
+    if o.hardness != "auto":
+        return o.hardness == "easiest"
+    assert o.per_class is not None
+    return 2 * o.per_class < int(np.bincount(labels).min())
 
 
 def _el2n(o: Condense, real: Real, net: Classifier) -> Float[np.ndarray, "N"]:

@@ -58,6 +58,8 @@ _USED_BY: dict[str, tuple[str, ...]] = {
     ),
     "experts": ("trajectory-matching", "el2n", "meta-gradient-score"),
     "expert_steps": ("trajectory-matching", "el2n", "generated"),
+    "expert_span": ("trajectory-matching",),
+    "hardness": ("el2n",),
     "as_text": get_args(Learned),
     "prompt": (*get_args(Learned), "generated"),
     "written": ("generated",),
@@ -84,6 +86,7 @@ _LEAST = {
     "batch_size": 1,
     "experts": 1,
     "expert_steps": 2,
+    "expert_span": 1,
     "written": 1,
     "seed": 0,
     "checkpoint_every": -1,
@@ -170,6 +173,12 @@ class Condense(Parallel):
     """Networks trained on the real data, whose trajectories are matched or who score examples."""
     expert_steps: int = 100
     """Steps that they are trained."""
+    expert_span: int | None = None
+    """Trajectory-matching: steps of an expert that --inner-steps on the set must reproduce; by
+    default half of --expert-steps."""
+    hardness: Literal["auto", "easiest", "hardest"] = "auto"
+    """El2n: which examples to keep. auto: the easiest where --per-class is less than half of the
+    class, else the hardest."""
     per_slice: int = 0
     """Examples of each slice at least, within the whole."""
     slice: tuple[str, ...] = ()
@@ -231,6 +240,11 @@ class Condense(Parallel):
             raise UserError("--random-window given without --window; give its length")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise UserError(f"--memory-budget {self.memory_budget} given; accepted: 1 or more")
+        if self.expert_span is not None and self.expert_span > self.expert_steps:
+            raise UserError(
+                f"--expert-span must be at most --expert-steps ({self.expert_steps}), got "
+                f"{self.expert_span}"
+            )
         _ = self.unroll, self.guard
 
     def _check_effects(self) -> None:

@@ -76,7 +76,7 @@ def select_texts(
             found = cached_features(
                 model, texts, o.seq_len, prints, o.feature_batch, cache, console
             )
-    by = "score" if o.method == "meta-gradient-score" else o.method
+    by = "hardest" if o.method == "meta-gradient-score" else o.method
     rows = select(by, found, groups, quotas, o.seed)
     stored = StoredSet(
         synthetic=Synthetic(learned={}, fixed={"rows": jnp.asarray(rows, jnp.int32)}),
@@ -95,7 +95,7 @@ def quotas_of(
     """Return each example's group and the examples wanted of each."""
     if not slices:
         return data.labels, dict(quota_per_class(data.labels, per_class))
-    groups, quotas = quotas_with_slices(data.labels, slices, per_class, per_slice)
+    groups, quotas = quotas_with_slices(data.labels, slices, per_class, per_slice, data.classes)
     return groups, dict(quotas)
 
 

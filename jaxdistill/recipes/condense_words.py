@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxdistill.dd.admm import perplexity_projected
+from jaxdistill.dd.perplexity_projection import perplexity_projected
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.text import filter_generated, generate_texts
 from jaxdistill.dd.train_on import train_classifier
@@ -36,7 +36,8 @@ def words_alone(synthetic: Synthetic) -> Synthetic:
 def likely_texts(o: Condense, real: Real, synthetic: Synthetic) -> tuple[str, ...]:
     """Return texts near learned embeddings that the model that read the data finds likely.
 
-    ``--prompt``, with each example's class in it, stands before them. See ``dd.admm``.
+    ``--prompt``, with each example's class in it, precedes them. See
+    ``dd.perplexity_projection``.
     """
     assert real.model is not None  # says Condense
     model, table = real.model, embedding_table(real.model)
@@ -106,6 +107,6 @@ def written_set(
         )
     )(data)
     probs = fetch(jax.nn.softmax(net.apply(params, jnp.asarray(read.all_inputs()))))
-    rows = filter_generated(read.features, wanted, probs, per_class=o.per_class)
+    rows = filter_generated(read.features, wanted, probs, per_class=o.per_class, names=names)
     labels = jnp.asarray(wanted[rows])
     return Synthetic(learned={}, fixed={"labels": labels}), tuple(made[i] for i in rows)

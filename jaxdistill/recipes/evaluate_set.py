@@ -15,7 +15,7 @@ from rich.console import Console
 from jaxdistill.dd.classification import classification_loss
 from jaxdistill.dd.inner import inner_optimizer
 from jaxdistill.dd.meta_gradient import inner_rates
-from jaxdistill.dd.selection import PICKS, select
+from jaxdistill.dd.selection import select
 from jaxdistill.dd.stored_set import StoredSet, load_set
 from jaxdistill.dd.unroll import Unroll, make_unroll
 from jaxdistill.errors import UserError
@@ -28,7 +28,8 @@ from jaxdistill.train.labelled import Labelled, held_out_rows, load_labelled
 from jaxdistill.train.run_directory import write_json
 from jaxdistill.train.slices import slices_of
 
-_BASELINES = ("full", *(name for name in PICKS if name != "score"))
+_SELECTIONS = ("random", "herding", "k-center")
+_BASELINES = ("full", *_SELECTIONS)
 _USUAL = {
     "features": "linear,mlp,deep_mlp",
     "images": "linear,mlp,convnet",
@@ -279,7 +280,16 @@ def _sets(
             continue
         seeds = range(o.seed, o.seed + o.seeds) if name == "random" else [o.seed]
         picked = [
-            rest[select(name, real.features[rest], real.data.labels[rest], counts, seed)]
+            rest[
+                select(
+                    name,
+                    real.features[rest],
+                    real.data.labels[rest],
+                    counts,
+                    seed,
+                    real.data.classes,
+                )
+            ]
             for seed in seeds
         ]
         picked = picked if len(picked) == o.seeds else picked * o.seeds
@@ -288,7 +298,7 @@ def _sets(
 
 
 def _is_learned(stored: StoredSet) -> bool:
-    return stored.method not in (*PICKS, "el2n", "meta-gradient-score")
+    return stored.method not in (*_SELECTIONS, "el2n", "meta-gradient-score")
 
 
 def _own_training(stored: StoredSet) -> dict[str, Any] | None:

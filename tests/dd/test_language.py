@@ -12,7 +12,6 @@ from jaxdistill.dd.language import (
     embedded_rows,
     objective_loss,
     row_scores,
-    soft_token_rows,
     with_teacher_labels,
 )
 from jaxdistill.dd.meta_gradient import meta_gradient
@@ -41,20 +40,6 @@ def test_embeddings_of_tokens_are_read_as_the_tokens():
     total, count, _ = ce(PARAMS, None, ROWS)
     total_read, count_read, _ = ce(PARAMS, None, ROWS | {"embeddings": TABLE[ROWS["tokens"]]})
     assert float(total) == float(total_read) and float(count) == float(count_read)
-
-
-def test_token_distributions_are_means_of_embeddings():
-    loss = objective_loss(kd_objective(APPLY, None, fused=False))
-    sure = soft_token_rows(ROWS, 24, sharpness=60.0)
-    np.testing.assert_allclose(loss(PARAMS, sure.batch()), loss(PARAMS, ROWS), rtol=1e-5)
-    soft = soft_token_rows(ROWS, 24, sharpness=1.0)
-    real, other = np.e / (np.e + 23), 1 / (np.e + 23)
-    rest = np.asarray(TABLE).sum(0) - np.asarray(TABLE)[ROWS["tokens"]]
-    mixed = real * np.asarray(TABLE)[ROWS["tokens"]] + other * rest
-    expected = loss(PARAMS, ROWS | {"embeddings": jnp.asarray(mixed)})
-    np.testing.assert_allclose(loss(PARAMS, soft.batch()), expected, rtol=1e-5)
-    slope = jax.grad(lambda x: loss(PARAMS, soft.replace(learned=x).batch()))(soft.learned)
-    assert np.abs(slope["token_logits"]).max() > 0
 
 
 def test_learned_soft_labels_are_a_teacher():

@@ -74,11 +74,11 @@ def test_the_gradient_is_that_of_finite_differences(name):
         assert (np.abs(gradient["log_rates"]) > 1e-3) == (name == "trajectories")
 
 
-def test_the_distance_of_gradients_is_a_sum_over_output_units():
+def test_the_distance_of_gradients_is_a_sum_over_output_units_of_kernels():
     rng = np.random.default_rng(0)
     a, b = ({"k": rng.normal(size=(3, 2, 4)), "b": rng.normal(size=4)} for _ in "ab")
-    a["k"][:, :, 3] = 0  # a dead unit
-    want = 1 - a["b"] @ b["b"] / np.linalg.norm(a["b"]) / np.linalg.norm(b["b"]) + 1
+    a["k"][:, :, 3] = 0  # a dead unit, at distance 1; the bias does not count
+    want = 1.0
     for unit in range(3):
         u, v = a["k"][:, :, unit].ravel(), b["k"][:, :, unit].ravel()
         want += 1 - u @ v / np.linalg.norm(u) / np.linalg.norm(v)
@@ -244,6 +244,10 @@ def test_condensing_lowers_the_held_out_error(name):
                 set_of(np.ones((6, 4))), data(1, 9), KEY
             ),
             r"real labels \[9\] cannot be compared by class",
+        ),
+        (
+            lambda: gradient_distance({"b": jnp.ones(3)}, {"b": jnp.ones(3)}),
+            "no parameter of two axes",
         ),
         (
             lambda: expert_trajectory(loss, start, {}, KEY, tx=optax.sgd(1.0), steps=5, every=2),

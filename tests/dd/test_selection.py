@@ -107,7 +107,7 @@ def test_meta_gradient_scores_after_one_step_are_products_of_gradients():
 @pytest.mark.parametrize("method", PICKS)
 def test_selection_keeps_quotas_and_order_and_repeats_itself(method):
     x = points(60)
-    x = x[:, 0] if method == "score" else x
+    x = x[:, 0] if method in ("hardest", "easiest") else x
     labels = np.random.default_rng(1).permutation(np.repeat([0, 1, 10], 20))
     got = select(method, jnp.asarray(x, jnp.float32), labels, {10: 3, 0: 5, 1: 0}, 7)
     assert list(labels[got]) == [0] * 5 + [10] * 3 and len(set(got)) == 8
@@ -167,6 +167,14 @@ def test_slices_that_compete_for_one_place_are_both_kept():
         (
             lambda: select("herding", points(4), [0, 0, 0, 1], {0: 2, 1: 2}),
             "class 1 has 1 examples and its quota is 2",
+        ),
+        (
+            lambda: select("random", points(4), [0, 0, 0, 1], {0: 2, 1: 2}, names=["2", "7"]),
+            "class '7' has 1 examples and its quota is 2",
+        ),
+        (
+            lambda: quotas_with_slices([0, 1, 1], {}, 2, 1, ["cat", "dog"]),
+            "class 'cat' has 1 examples",
         ),
         (lambda: select("best", points(4), [0] * 4, {0: 2}), "there is no selection 'best'"),
         (lambda: select("herding", points(4), [0] * 3, {0: 2}), "4 examples have 3 groups"),

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.evals.features import moments, text_features, token_embeddings
+from jaxdistill.evals.features import (
+    embed,
+    embedding_table,
+    moments,
+    text_features,
+    token_ids,
+)
 from jaxdistill.models.hub import load_model
 from tests import tiny
 
@@ -71,7 +77,7 @@ def test_fewer_layers_and_wrong_options(model):
 
 
 def test_embeddings_are_rows_of_the_table(model):
-    found = token_embeddings(model, TEXTS, seq_len=20)
+    found = embed(embedding_table(model), *token_ids(model, TEXTS, 20))
     table = np.asarray(model.params["embed_tokens"]["embedding"])
     assert found.shape == (5, 20, 64)
     for row, text in zip(found, TEXTS, strict=True):

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.decoder import make_apply
-from jaxdistill.models.generate import Sampling, generate, pick
+from jaxdistill.models.generate import Sampling, draw, generate
 from tests import tiny
 
 C = tiny.config()
@@ -44,7 +44,7 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     many = jnp.broadcast_to(logits, (20000, 4))
 
     def shares(**how):
-        drawn = pick(many, jax.random.key(0), Sampling(**how))
+        drawn, _ = draw(many, jax.random.key(0), Sampling(**how))
         return np.bincount(np.asarray(drawn), minlength=4) / len(drawn)
 
     np.testing.assert_allclose(shares(temperature=1.0), [0.5, 0.25, 0.15, 0.1], atol=0.015)

@@ -15,6 +15,13 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.decoder import init_params
 from jaxdistill.models.hf import save_hf
 from jaxdistill.recipes.condense import condense
+from jaxdistill.recipes.condense_data import read_real
+from jaxdistill.recipes.condense_methods import (
+    batches_of,
+    classifier_of,
+    keeps_easiest,
+    kept_every,
+)
 from jaxdistill.recipes.condense_options import _USED_BY, Condense, condense_identity
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.labelled import held_out_rows, load_labelled
@@ -258,6 +265,59 @@ def test_texts_that_training_gains_from_are_selected(texts, tmp_path):
     assert set(load_set(tmp_path / "r" / "set").texts) <= set(alike)
 
 
+@pytest.mark.parametrize(
+    ("steps", "span", "every"), [(100, 50, 5), (100, 20, 5), (96, 36, 4), (97, 30, 1), (6, 3, 1)]
+)
+def test_stored_points_divide_the_experts_steps_and_the_span(steps, span, every):
+    assert kept_every(steps, span) == every
+    assert steps % every == span % every == 0
+
+
+def test_an_experts_span_is_not_the_steps_on_the_set(points):
+    """Four expert steps are matched, whatever --inner-steps is."""
+    data, real = points, read_real(load_labelled(points), level="features")
+    for inner_steps in (1, 3):
+        job = Condense(
+            data=data,
+            out=Path("r"),
+            method="trajectory-matching",
+            inner_rate=0.1,
+            expert_span=4,
+            **small("trajectory-matching") | {"inner_steps": inner_steps, "experts": 1},
+        )
+        net = classifier_of(job, "features", (5,), 3)
+        batches = batches_of(job, real, net, None)
+        path = fetch_tree(batches._points)
+        points = [jax.tree.map(lambda x, i=i: x[0, i], path) for i in range(path_length(path))]
+        pair = fetch_tree(batches[0])
+        start, end = (
+            next(i for i, point in enumerate(points) if all_equal(point, pair[name]))
+            for name in ("start", "end")
+        )
+        assert end - start == 4
+
+
+def fetch_tree(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def path_length(path):
+    return jax.tree.leaves(path)[0].shape[1]
+
+
+def all_equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.mark.parametrize(
+    ("per_class", "hardness", "easiest"),
+    [(2, "auto", True), (9, "auto", True), (10, "auto", False), (2, "hardest", False)],
+)
+def test_el2n_keeps_the_easiest_of_a_small_budget(per_class, hardness, easiest):
+    job = Condense(data="d", out=Path("o"), per_class=per_class, method="el2n", hardness=hardness)
+    assert keeps_easiest(job, np.repeat(np.int32([0, 1]), [20, 50])) is easiest
+
+
 def test_numbers_of_numpy_become_pythons():
     job = Condense(data="d", out=Path("o"), per_class=2)
     object.__setattr__(job, "per_class", np.int64(3))  # the tests' type checks would refuse it
@@ -289,6 +349,9 @@ def test_bad_input_is_one_line_and_writes_nothing(points, texts, tmp_path, capsy
     assert "--slice x given" in said(*per, "--slice", "x", "--per-slice", "1")
     assert "--mix given; accepted with" in said(*per, "--mix", "rare.jsonl:0.1")
     assert "quota" in said("--data", points, "--per-class", "21")
+    assert "--expert-span must be at most --expert-steps (100), got 101" in said(
+        *per, "--method", "trajectory-matching", "--expert-span", "101"
+    )
     assert "a convnet reads images" in said(*per, "--architecture", "convnet")
     assert "none.jsonl" in said("--data", str(tmp_path / "none.jsonl"), "--per-class", "1")
     plain = ("--data", data, "--examples", "3")

@@ -1,26 +1,19 @@
-"""Condensing into readable text: ADMM, and its projection, a beam search with a language model."""
+"""Projection of embeddings onto likely text: a beam search with a language model."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdistill.dd.condense import Batch, MetaLoss
-from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.text import nearest_rows
 from jaxdistill.errors import UserError
 from jaxdistill.models.decoder import Output
-
-# (synthetic, anchor [M, T, D], rho) -> synthetic that lowers the loss + rho/2 |inputs - anchor|^2
-DescentFn = Callable[[Synthetic, Array, float | int], Synthetic]
-# (embeddings [M, T, D], rho) -> token ids [M, T]
-ProjectFn = Callable[[Array, float | int], Array]
 
 
 def perplexity_projected(
@@ -44,8 +37,8 @@ def perplexity_projected(
         sum_t  -rho/2 |x_t - E[y_t]|^2  +  weight * log p(y_t | prefix, y_<t),
 
     y_t among the ``candidates`` tokens whose embeddings E are nearest to x_t (least squared
-    distance). It is the z-update of ``admm_text``, the proximal map of the text's NLL. The search
-    is exact where ``beam`` holds all prefixes; ``weight=0`` gives the nearest tokens.
+    distance): the projection of GRADMM (arXiv 2502.17607), the proximal map of the text's NLL. The
+    search is exact where ``beam`` holds all prefixes; ``weight=0`` gives the nearest tokens.
 
     Args:
         embeddings: the points x to project, in the table's own scale.
@@ -133,89 +126,3 @@ def _search(
         return lax.fori_loop(0, T, place, (tokens, scores))[0][0, P:]
 
     return lax.map(one, (ids_MTK, near_MTK, prefix_MP), batch_size=batch_size)
-
-
-def with_proximity(meta_loss: MetaLoss) -> MetaLoss:
-    """Return the method's loss + rho/2 |inputs - anchor|^2, summed over all numbers.
-
-    ``anchor`` and ``rho`` come with the real batch, under these names, so that a jitted condensing
-    step serves every round of ``admm_text``.
-    """
-
-    def loss(synthetic: Synthetic, real: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        rest = {name: x for name, x in real.items() if name not in ("anchor", "rho")}
-        value, metrics = meta_loss(synthetic, rest, key)
-        distance = jnp.sum((synthetic.learned["inputs"] - real["anchor"]) ** 2)
-        return value + 0.5 * real["rho"] * distance, metrics | {"distance": distance}
-
-    return loss
-
-
-class AdmmText(NamedTuple):
-    """Hold what ``admm_text`` found.
-
-    Attributes:
-        synthetic: the last x, free embeddings.
-        ids: the last z, token ids ``[M, T]``.
-        dual: the scaled dual u.
-        history: each round's ``primal`` residual |x - z|, ``dual`` residual rho |z - z_before|, and
-            share of tokens ``changed``.
-    """
-
-    synthetic: Synthetic
-    ids: Int[Array, "M T"]
-    dual: Float[Array, "M T D"]
-    history: list[dict[str, float]]
-
-
-def admm_text(
-    descend: DescentFn,
-    synthetic: Synthetic,
-    project: ProjectFn,
-    table: Float[Array, "V D"],
-    *,
-    rho: float | int = 1.0,
-    rounds: int = 10,
-) -> AdmmText:
-    """Condense under the constraint that the inputs are the embeddings of readable text.
-
-    ADMM (Boyd et al. 2011, section 3.1.1, scaled form) on min f(x) + g(z) with x = z, f the
-    condensing loss and g the text's NLL on token sequences, infinite elsewhere, as in GRADMM
-    (arXiv 2502.17607). From z = project(x), u = 0, each round does
-
-        x <- descend(x, anchor=z - u, rho),    z <- E[project(x + u, rho)],    u <- u + x - z.
-
-    The set of token sequences is not convex, so this is a heuristic, and where it starts matters:
-    a large rho keeps the first tokens, a small one lets them swing; of the size of f's curvature is
-    a good first try. Judge the ``ids``.
-
-    Args:
-        descend: ``(synthetic, anchor, rho) -> synthetic``, some steps of descent of the loss with
-            ``with_proximity``.
-        synthetic: the start, its ``inputs`` ``[M, T, D]`` among the learned.
-        project: ``(embeddings, rho) -> ids``, such as ``perplexity_projected``.
-        table: the embeddings E.
-        rho: how strongly x and z are held together.
-        rounds: of the three updates.
-    """
-    if rounds < 1 or rho <= 0:
-        raise UserError(f"rounds={rounds}, rho={rho} given; accepted: rounds >= 1, rho > 0")
-    ids = project(synthetic.learned["inputs"], rho)
-    z = table[ids]
-    dual = jnp.zeros_like(z)
-    history = []
-    for _ in range(rounds):
-        synthetic = descend(synthetic, z - dual, rho)
-        x = synthetic.learned["inputs"]
-        ids_before, z_before = ids, z
-        ids = project(x + dual, rho)
-        z = table[ids]
-        dual = dual + x - z
-        history.append(
-            {
-                "primal": float(jnp.linalg.norm(x - z)),
-                "dual": rho * float(jnp.linalg.norm(z - z_before)),
-                "changed": float(jnp.mean((ids != ids_before).astype(jnp.float32))),
-            }
-        )
-    return AdmmText(synthetic, ids, dual, history)

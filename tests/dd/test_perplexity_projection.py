@@ -1,17 +1,13 @@
-"""Readable projections against exhaustive search, and ADMM against its closed form."""
+"""Readable projections against exhaustive search."""
 
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxdistill.dd.admm import admm_text, perplexity_projected, with_proximity
-from jaxdistill.dd.condense import init_condense, make_condense_step
-from jaxdistill.dd.synthetic import Synthetic
-from jaxdistill.dd.text import nearest_tokens
+from jaxdistill.dd.perplexity_projection import perplexity_projected
 from jaxdistill.errors import UserError
 from jaxdistill.models.decoder import Output, init_params, make_apply
 from tests import tiny
@@ -149,59 +145,3 @@ def test_what_cannot_be_searched_is_refused():
         project(x, table, logs, weight=1.0)
     with pytest.raises(UserError, match="beam=0"):
         project(x, table, logs, weight=1.0, beam=0)
-    with pytest.raises(UserError, match="rho=0"):
-        admm_text(lambda s, a, r: s, Synthetic({}, {}), lambda x, r: x, jnp.ones((2, 2)), rho=0)
-
-
-def snap(table):
-    return lambda x, rho: nearest_tokens(x, table, metric="l2")
-
-
-def test_admm_of_a_quadratic_ends_where_its_equations_say():
-    table = jnp.asarray(normal(12, D))
-    goal = table[jnp.array([[3, 1], [8, 11]])] + 0.1 * jnp.asarray(normal(2, 2, D, seed=4))
-    rho = 1.0
-
-    def descend(synthetic, anchor, rho):  # argmin |x - goal|^2 / 2 + rho / 2 |x - anchor|^2
-        x = (goal + rho * anchor) / (1 + rho)
-        return synthetic.replace(learned={**synthetic.learned, "inputs": x})
-
-    start = Synthetic(learned={"inputs": jnp.zeros((2, 2, D))}, fixed={})
-    found = admm_text(descend, start, snap(table), table, rho=rho, rounds=60)
-    np.testing.assert_array_equal(found.ids, [[3, 1], [8, 11]])  # the nearest to the goal
-    z = table[found.ids]
-    np.testing.assert_allclose(found.synthetic.learned["inputs"], z, atol=1e-5)  # x = z
-    # grad f(x) = -rho u where x = z: the condition of optimality.
-    np.testing.assert_allclose(found.dual, (goal - z) / rho, atol=1e-5)
-    assert len(found.history) == 60 and found.history[-1]["primal"] < 1e-4
-    assert found.history[-1]["dual"] == 0 and found.history[-1]["changed"] == 0
-
-
-def test_admm_beats_snapping_the_free_optimum():
-    # f(x) = |A (x - goal)|^2 / 2 with an uneven A: near in distance is not low in f.
-    table = jnp.asarray(normal(40, 2, seed=5))
-    stretch = jnp.asarray([[[6.0, 0.5]]])
-    goal = 0.7 * jnp.asarray(normal(30, 1, 2, seed=6))
-
-    def each(x):
-        return 0.5 * jnp.sum((stretch * (x - goal)) ** 2, axis=(1, 2))
-
-    def meta_loss(synthetic, real, key):
-        return jnp.sum(each(synthetic.learned["inputs"])), {"seen": jnp.float32(len(real))}
-
-    step = make_condense_step(with_proximity(meta_loss), optax.sgd(0.02))
-
-    def descend(synthetic, anchor, rho):
-        state = init_condense(synthetic, optax.sgd(0.02))
-        for _ in range(100):
-            state, metrics = step(state, {"anchor": anchor, "rho": jnp.float32(rho)})
-        assert metrics["seen"] == 0  # the method is not shown what is ours
-        # The closed form of the update.
-        expected = (stretch**2 * goal + rho * anchor) / (stretch**2 + rho)
-        np.testing.assert_allclose(state.synthetic.learned["inputs"], expected, atol=1e-2)
-        return state.synthetic
-
-    start = Synthetic(learned={"inputs": goal}, fixed={})
-    found = admm_text(descend, start, snap(table), table, rho=20.0, rounds=8)
-    snapped = each(table[nearest_tokens(goal, table, metric="l2")])
-    assert jnp.mean(each(table[found.ids])) < 0.7 * jnp.mean(snapped)
