@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from jaxdistill._notes import notes_on_stderr
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import is_primary
 from jaxdistill.recipes.analyze import Analyze, analyze
@@ -127,7 +128,7 @@ def run(options: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Parse, run, and exit: 0 done, 2 bad input or a full disk, 130 and 143 stopped by a signal."""
     try:
-        with ended_by_sigterm():
+        with ended_by_sigterm(), notes_on_stderr():
             options = tyro.extras.subcommand_cli_from_dict(
                 VERBS,  # pyright: ignore[reportArgumentType]
                 prog="jaxdistill",

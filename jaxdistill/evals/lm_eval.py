@@ -178,14 +178,13 @@ class _Requests:
         return list(zip(found.log_likelihood.tolist(), found.greedy.tolist(), strict=True))
 
     def _generate(self, prompts: list[list[int]], how: Sampling, number: int) -> list[str]:
-        config, eos = self.model.config, cast(int | None, self.tokenizer.eos_token_id)
         made = generate(
             self._apply,
             self._float_params,
-            config,
+            self.model.config,
             prompts,
             how=how,
-            stop=config.eos_token_ids or (() if eos is None else (eos,)),
+            stop=self.model.stop_ids,
             seed=self._seed + number,
         )
         return [str(self.tokenizer.decode(new, skip_special_tokens=True)) for new in made]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from jaxdistill.models.gguf_tokenizer import (
     merges_from_scores,
 )
 from jaxdistill.models.tokenizer import Tokenizer, merge_pairs, tokenizer_spec
+
+_log = logging.getLogger(__name__)
 
 
 def add_model(
@@ -78,6 +81,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: ModelConfig, tokenizer: Token
         writer.add_token_merges([" ".join(p.replace(" ", "Ġ") for p in pair) for pair in merges])
     extra = config.eos_token_ids if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     ends = list(dict.fromkeys((*extra, *config.eos_token_ids)))
+    if ends[3:]:
+        _log.warning("GGUF names 3 tokens that end a text; the ids %s are left out", ends[3:])
     bos = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     named = [
         (writer.add_bos_token_id, bos),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 from jaxdistill.errors import UserError
@@ -167,6 +168,15 @@ class ModelConfig:
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+
+
+def with_stop_ids(config: ModelConfig, ids: Iterable[int]) -> ModelConfig:
+    """Add ids to those that end a text, after the config's own."""
+    ids = tuple(ids)
+    if set(ids) <= set(config.eos_token_ids):
+        return config
+    union = tuple(dict.fromkeys((*config.eos_token_ids, *ids)))
+    return dataclasses.replace(config, eos_token_id=union if union[1:] else union[0])
 
 
 def _rope(d: dict[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +17,16 @@ import numpy as np
 
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import fetch, is_primary, on_primary
-from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
+from jaxdistill.models.config import (
+    MAX_SIZE,
+    ModelConfig,
+    config_from_hf,
+    config_to_hf,
+    with_stop_ids,
+)
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hf_directory import (
+    GENERATION,
     INDEX,
     WEIGHTS,
     some,
@@ -30,6 +39,9 @@ from jaxdistill.models.safetensors import FLOAT_TAGS, SafetensorsFile
 from jaxdistill.models.sharding import Layout, make_leaf
 from jaxdistill.models.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # of a table, compared at a time
 _SHARD = re.compile(r"[\w.=+@ -]{1,200}\.safetensors", re.ASCII)  # no way out of the directory
 SAVE_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -45,8 +57,10 @@ def load_hf(
 
     Tensors of any float type are copied one at a time into float32 leaves allocated beforehand, so
     the peak is the float32 model and one tensor; on a mesh each host reads only what its devices
-    hold, one leaf at a time. Where the config ties the head to the embedding, a
-    stored ``lm_head.weight`` is ignored; so are rotary frequency buffers.
+    hold, one leaf at a time. Where the config ties the head to the embedding and the
+    checkpoint has another ``lm_head.weight``, the head is untied and a warning logged, as
+    transformers does. Rotary frequency buffers are ignored. Stop ids are those of config.json and
+    generation_config.json.
 
     Args:
         directory: holds config.json and model.safetensors, or its shards and their index.
@@ -68,9 +82,9 @@ def load_hf(
             f"{directory} holds weights quantized with {method!r}; accepted: float weights; "
             "give the unquantized model"
         )
-    config = config_from_hf(raw)
-    tensors = hf_layout(config)
     where = _locate(directory)
+    config = _untied(directory, _config(directory, raw), where)
+    tensors = hf_layout(config)
     _check_names(directory, config, tensors, where)
 
     for t in tensors:  # all of them, before anything of the model's size is allocated
@@ -100,6 +114,19 @@ def load_hf(
             "/".join(path), shape, functools.partial(_read_part, where, parts), layout
         )
     return config, params
+
+
+def read_hf_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """Read a model directory's shape and stop ids; its weights only tell if the head is tied.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model is not supported.
+    """
+    directory = Path(directory)
+    raw = read_json(directory / "config.json", "a model's config.json")
+    config = _config(directory, raw)
+    has_weights = any((directory / name).is_file() for name in (WEIGHTS, INDEX))
+    return _untied(directory, config, _locate(directory)) if has_weights else config
 
 
 def save_hf(
@@ -181,6 +208,47 @@ def read_json(path: Path, accepted: str) -> dict[str, Any]:
         raise UserError(f"cannot read {path} as JSON ({e}); fetch it again") from None
 
 
+def _config(directory: Path, raw: dict[str, Any]) -> ModelConfig:
+    """Return the config, its stop ids joined by those of generation_config.json."""
+    config, path = config_from_hf(raw), directory / GENERATION
+    if not path.is_file():
+        return config
+    eos = read_json(path, GENERATION).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int and -1 <= token <= MAX_SIZE for token in ids):
+        raise UserError(f"{path} has the eos_token_id {eos!r}; accepted: a token id, or several")
+    return with_stop_ids(config, ids)
+
+
+def _untied(
+    directory: Path, config: ModelConfig, where: Mapping[str, SafetensorsFile]
+) -> ModelConfig:
+    """Return the config, untied if the checkpoint has a head that differs from the embedding."""
+    head, table = where.get(_HEAD), where.get(_TABLE)
+    if not config.tie_embeddings or head is None or table is None:
+        return config
+    one, other = head.entries[_HEAD], table.entries[_TABLE]
+    if one.tag in FLOAT_TAGS and other.tag in FLOAT_TAGS and one.shape == other.shape:
+        rows = (slice(i, i + _ROWS) for i in range(0, one.shape[0], _ROWS))
+        if all(_same(head.read(_HEAD, part), table.read(_TABLE, part)) for part in rows):
+            return config
+    if is_primary():
+        _log.warning(
+            "%s: config.json ties the head to the embedding, but the checkpoint has another %s; "
+            "it is read as untied",
+            directory,
+            _HEAD,
+        )
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.dtype == b.dtype:
+        return a.tobytes() == b.tobytes()
+    with np.errstate(all="ignore"):  # a float64 beyond float32 becomes infinite
+        return np.array_equal(a.astype(np.float32), b.astype(np.float32))
+
+
 def _locate(directory: Path) -> dict[str, SafetensorsFile]:
     """Return the file that holds each tensor, from the single file or from the index."""
     if (directory / WEIGHTS).is_file():
@@ -231,7 +299,7 @@ def _check_names(
         for n in where
         if n not in wanted
         and not n.endswith("rotary_emb.inv_freq")
-        and not (n == "lm_head.weight" and config.tie_embeddings)
+        and not (n == _HEAD and config.tie_embeddings)
     )
     if unexpected:
         raise UserError(

@@ -18,6 +18,7 @@ from jaxdistill.models.safetensors import write_safetensors
 from jaxdistill.models.tokenizer import Tokenizer
 
 WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
+GENERATION = "generation_config.json"
 # A README.md with this line is a model card of ours, and is replaced with its directory.
 CARD_MARK = "<!-- Written by jaxdistill; the next export to this directory replaces it. -->"
 # What a model directory may hold beside config.json; anything else is a user's own file.
@@ -25,7 +26,7 @@ _MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
-    "generation_config.json",
+    GENERATION,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -79,7 +80,7 @@ def write_model_directory(
         write_weights(temporary)
         _write_json(temporary / "config.json", config)
         _write_json(
-            temporary / "generation_config.json",
+            temporary / GENERATION,
             {k: v for k, v in generation.items() if v is not None},
         )
         if tokenizer is not None:

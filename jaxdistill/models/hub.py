@@ -13,10 +13,10 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.config import ModelConfig, config_from_hf
+from jaxdistill.models.config import ModelConfig, config_from_hf, with_stop_ids
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.models.gguf import read_gguf, read_gguf_config
-from jaxdistill.models.hf import load_hf, read_json
+from jaxdistill.models.hf import load_hf, read_hf_config, read_json
 from jaxdistill.models.quantized import is_quantized, load_activations, load_quantized
 from jaxdistill.models.sharding import Layout, place
 from jaxdistill.models.tokenizer import Tokenizer, fingerprint, load_tokenizer
@@ -39,7 +39,8 @@ class Model:
     """Hold a model as it was read.
 
     Attributes:
-        config: the decoder's shape.
+        config: the decoder's shape. Its stop ids are those of config.json, generation_config.json
+            and the tokenizer together.
         params: float32 arrays, layers stacked on axis 0, kernels ``[in, out]``; a quantized model's
             kernels in the stored form, see ``models.quantized``.
         tokenizer: None where the source has no tokenizer.
@@ -67,11 +68,8 @@ class Model:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Return the ids that end a text: the config's, or else the tokenizer's."""
-        if self.config.eos_token_ids or self.tokenizer is None:
-            return self.config.eos_token_ids
-        eos: Any = self.tokenizer.eos_token_id
-        return () if eos is None else (int(eos),)
+        """Return the ids that end a text."""
+        return self.config.eos_token_ids
 
     def apply_fn(self, **options: Any) -> Callable[..., Any]:
         """Return ``make_apply`` of this model; stored integers are dequantized inside the scan."""
@@ -126,7 +124,12 @@ def load_model(source: str | Path, layout: Layout = "sharded") -> Model:
     else:
         raise UserError(f"{text} does not exist; accepted: {ACCEPTED}; check the path")
     _check_tokenizer(model)
-    return dataclasses.replace(model, params=place(model.params, layout))
+    eos: Any = None if model.tokenizer is None else model.tokenizer.eos_token_id
+    return dataclasses.replace(
+        model,
+        config=model.config if eos is None else with_stop_ids(model.config, [int(eos)]),
+        params=place(model.params, layout),
+    )
 
 
 def shipped_configs() -> tuple[str, ...]:
@@ -153,14 +156,15 @@ def load_config(source: str | Path) -> ModelConfig:
     if path.suffix.lower() == ".gguf":
         return read_gguf_config(path)
     if path.is_dir():
-        inside = path / "student" / "config.json"  # of a run
-        path = inside if inside.is_file() else path / "config.json"
+        student = path / "student"  # of a run
+        path = student if (student / "config.json").is_file() else path
+        if (path / "config.json").is_file():
+            return read_hf_config(path)
     elif not path.exists() and isinstance(source, str) and _HUB_NAME.fullmatch(source):
         path = _fetch(source, ["config.json"]) / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"{source} does not exist; accepted: {', '.join(names)}, a config.json, {ACCEPTED}"
-        )
+        what = "is a directory without config.json" if path.is_dir() else "does not exist"
+        raise UserError(f"{source} {what}; accepted: {', '.join(names)}, a config.json, {ACCEPTED}")
     return config_from_hf(read_json(path, "a model's config.json"))
 
 

@@ -15,7 +15,7 @@ from jaxdistill.export.gguf import write_gguf
 from jaxdistill.export.mlx import write_mlx
 from jaxdistill.export.model_card import description, model_card, read_run
 from jaxdistill.models.hf import save_hf
-from jaxdistill.models.quantized import load_quantized
+from jaxdistill.models.hub import load_model
 from jaxdistill.quant.policy import dequantize_params
 from jaxdistill.recipes.run_report import finished_student
 
@@ -54,8 +54,8 @@ def export(o: Export) -> Path:
         raise UserError(
             f"--float-head given with --format {o.format}; accepted: with compressed-tensors"
         )
-    config, params, tokenizer = load_quantized(finished_student(o.run))
-    assert tokenizer is not None  # no run is made without one
+    model = load_model(finished_student(o.run))
+    config, params, tokenizer = model.config, model.params, model.text_tokenizer()
     facts = read_run(o.run)
     if o.format == "gguf":
         said = description(facts, config, params)

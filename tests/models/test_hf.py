@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.hf import load_hf, save_hf
+from jaxdistill.models.hf import load_hf, read_hf_config, save_hf
 from jaxdistill.models.hf_directory import is_model_directory
 from jaxdistill.models.hf_layout import hf_layout
 from jaxdistill.models.safetensors import SafetensorsFile, write_safetensors
@@ -110,16 +110,42 @@ def test_any_float_type_is_read_as_float32(dtype, model):
     assert_same(after, jax.tree.map(lambda a: a.astype(dtype).astype(np.float32), before))
 
 
-def test_a_tied_head_and_rotary_buffers_are_ignored(model):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_copy_of_the_tied_table_and_rotary_buffers_are_ignored(dtype, model, caplog):
     def add(tensors):
-        tensors["lm_head.weight"] = np.full((96, 32), 7, np.float32)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].astype(dtype)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
 
     _, before = load_hf(model)
     rewrite(model, add)
-    _, after = load_hf(model)
-    assert "lm_head" not in after
+    config, after = load_hf(model)
+    assert config.tie_embeddings and read_hf_config(model) == config
     assert_same(after, before)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("row", [0, 95])
+def test_a_head_that_differs_in_one_weight_is_no_tied_head(row, model, tmp_path, caplog):
+    def add(tensors):
+        head = tensors["model.embed_tokens.weight"].copy()
+        head[row, 31] += 1e-3
+        tensors["lm_head.weight"] = head
+
+    rewrite(model, add)
+    config, params = load_hf(model)
+    assert not config.tie_embeddings and read_hf_config(model) == config
+    raw = safetensors.numpy.load_file(model / "model.safetensors")
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], raw["lm_head.weight"].T)
+    (line,) = {record.getMessage() for record in caplog.records}
+    assert str(model) in line and "untied" in line
+    save_hf(tmp_path / "out", config, params)  # said of the file, and no longer of what is written
+    assert read_hf_config(tmp_path / "out") == config
+    assert_same(load_hf(tmp_path / "out")[1], params)
+
+
+def test_a_head_of_another_size_than_the_tied_table_is_refused(model):
+    rewrite(model, lambda t: t.update({"lm_head.weight": np.ones((95, 32), np.float32)}))
+    refused(lambda: load_hf(model), "lm_head.weight", "[95, 32]", "[96, 32]")
 
 
 def test_missing_tensors_are_named(model):
