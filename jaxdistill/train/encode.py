@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.errors import UserError
@@ -34,12 +34,12 @@ class Example:
         tokens: token ids.
         loss_mask: ``loss_mask[i]`` says whether token ``i`` is a target, that is, whether the
             prediction made *at token i-1* is judged. The first token is never one.
-        weight: of its tokens in the loss, the row's ``weight`` where it has one.
+        weights: of each token as a target; None where all weigh 1.
     """
 
     tokens: Int32[np.ndarray, "n"]
     loss_mask: Bool[np.ndarray, "n"]
-    weight: float = 1.0
+    weights: Float32[np.ndarray, "n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def encode_rows(
             for number, row in chunk
         ]
         chunk_examples = [
-            dataclasses.replace(example, weight=_weight(row, f"row {number}"))
+            _weighted(example, _weight(row, f"row {number}"))
             for (number, row), example in zip(
                 chunk, _tokenize(rendered, tokenizer, eos), strict=True
             )
@@ -182,6 +182,13 @@ def _weight(row: Mapping[str, Any], where: str) -> float:
             f"{where} has the weight {weight!r}; accepted: a number from 0 to {_MOST:g}; correct it"
         )
     return float(weight)
+
+
+def _weighted(example: Example, weight: float) -> Example:
+    if weight == 1:
+        return example
+    weights = np.full(len(example.tokens), weight, np.float32)
+    return dataclasses.replace(example, weights=weights)
 
 
 def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:

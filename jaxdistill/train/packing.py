@@ -78,8 +78,7 @@ def pack(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) -> Packe
     starts = np.zeros(shape, np.bool_)  # where a segment begins
     weights = _weights(examples, shape)
     if total and weights is not None:
-        each = np.repeat(np.array([e.weight for e in examples], np.float32), lengths)
-        weights.reshape(-1)[:total] = each
+        weights.reshape(-1)[:total] = np.concatenate([token_weights(e) for e in examples])
     if total:
         tokens.reshape(-1)[:total] = np.concatenate([e.tokens for e in examples])
         loss_mask.reshape(-1)[:total] = np.concatenate([e.loss_mask for e in examples])
@@ -121,7 +120,7 @@ def no_packing(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) ->
     loss_mask = np.zeros(filled.shape, np.bool_)
     weights = _weights(kept, filled.shape)
     if weights is not None:
-        weights *= np.array([[e.weight] for e in kept], np.float32)
+        weights[filled] = np.concatenate([token_weights(e)[:seq_len] for e in kept])
     if kept:
         tokens[filled] = np.concatenate([e.tokens[:seq_len] for e in kept])
         loss_mask[filled] = np.concatenate([e.loss_mask[:seq_len] for e in kept])
@@ -137,7 +136,14 @@ def no_packing(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) ->
 
 def _weights(examples: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray | None:
     """Return ones to fill in where any example has a weight of its own, None where none has."""
-    return np.ones(shape, np.float32) if any(e.weight != 1 for e in examples) else None
+    weighted = any(e.weights is not None for e in examples)
+    return np.ones(shape, np.float32) if weighted else None
+
+
+def token_weights(example: Example) -> Float32[np.ndarray, "n"]:
+    """Return the weight of each of an example's tokens."""
+    ones = np.ones(len(example.tokens), np.float32)
+    return ones if example.weights is None else example.weights
 
 
 def _lengths(examples: Sequence[Example], seq_len: int) -> np.ndarray:

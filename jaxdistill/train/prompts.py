@@ -53,4 +53,5 @@ def _split(example: Example, prompt_length: int) -> Example:
         answer = np.arange(len(tokens)) >= prompt_length
         return dataclasses.replace(example, loss_mask=targets & answer)
     start = max(0, int(np.argmax(targets)) - prompt_length) if targets.any() else 0
-    return dataclasses.replace(example, tokens=tokens[start:], loss_mask=targets[start:])
+    weights = None if example.weights is None else example.weights[start:]
+    return Example(tokens=tokens[start:], loss_mask=targets[start:], weights=weights)
