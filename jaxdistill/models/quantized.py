@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import re
 import shutil
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxdistill._orbax import check_array_path, prepare_orbax, read_back
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import on_primary, present_mesh
 from jaxdistill.models.config import ModelConfig, config_from_hf, config_to_hf
@@ -52,7 +52,7 @@ def save_quantized(
     tokenizer: Tokenizer | None,
     policy: Policy,
 ) -> None:
-    """Write params in the stored form; the directory appears whole or not at all.
+    """Write params in the stored form; the directory appears whole, and read back, or not at all.
 
     Args:
         directory: replaced where it exists.
@@ -60,6 +60,9 @@ def save_quantized(
         params: what ``quant.policy.quantize_params`` returns.
         tokenizer: saved beside, where there is one.
         policy: that of the params; its rules for activations are part of the model.
+
+    Raises:
+        UserError: the path cannot hold arrays, or what was written does not read back.
     """
     part = directory.with_name(directory.name + ".part")
 
@@ -74,8 +77,13 @@ def save_quantized(
             tokenizer.save_pretrained(part)
         replace_directory(directory, part)
 
+    check_array_path(directory)
+    prepare_orbax()
     on_primary(begin, f"make {part}")
-    ocp.save(str((part / "params").resolve()), _signed(params))  # each host its own parts
+    arrays, where = _signed(params), str((part / "params").resolve())
+    ocp.save(where, arrays)  # each host its own parts
+    if problem := read_back(lambda abstract: ocp.load(where, abstract), arrays):
+        raise UserError(f"{part} was written and does not read back ({problem}); look at the disk")
     on_primary(finish, f"write {directory}")
 
 
@@ -151,8 +159,7 @@ def _shifted(node: Params, before: Any, after: Any, by: int) -> Params:
 
 def _load_arrays(path: Path, config: ModelConfig, layout: Layout) -> Params:
     """Restore an orbax checkpoint's arrays onto the mesh or the first device, shapes checked."""
-    for name in ("absl", "asyncio"):  # what is wrong comes as an error, and needs no log
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    prepare_orbax()
     mesh = present_mesh()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     found: Any = ocp.metadata(str(path)).metadata

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +13,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxdistill._disk import PAUSES, errno_of, is_full, is_passing, reason_of
+from jaxdistill._orbax import prepare_orbax, read_back
 from jaxdistill.errors import UserError
 from jaxdistill.train.manifest import damage, seal
 from jaxdistill.train.preemption import agreed
@@ -32,15 +30,15 @@ class Checkpoints(contextlib.AbstractContextManager):
     The data's place is the step (batch i is a pure function of data, seed and i) and the number of
     batches that rollbacks left out, so a checkpoint holds the state and, as metadata, that number
     and the fingerprint of the data. Its manifest of checksums is written before it is given its
-    name: a checkpoint that is there was whole. The one before is deleted after that.
+    name: a checkpoint that is there was whole. The one before is deleted after that. The first one
+    of a process is read back and compared before training continues.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
-        for name in ("absl", "asyncio"):  # what is wrong comes as an error, and needs no log
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        _ignore_late_writes()
+        prepare_orbax()
         self.directory = directory.resolve()
-        self._failures, self._pending = 0, False
+        self._failures, self._proved = 0, False
+        self._response: Any = None  # of the save under way
         self._metadata: dict[str, Any] = {}
 
         def finalize() -> None:  # no method: orbax copies what it is given, and its object too
@@ -92,7 +90,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             state: what is saved.
             fingerprint: of the data.
             skipped: batches left out so far.
-            wait: return when it is on disk.
+            wait: return when it is on disk; the first save of a process always is.
 
         Raises:
             UserError: it cannot be written; what was saved before is kept.
@@ -102,13 +100,15 @@ class Checkpoints(contextlib.AbstractContextManager):
             if failed is None:
                 self._metadata = {"data": fingerprint, "skipped": skipped}
                 try:
-                    self._orbax.save_async(step, state, force=True, custom_metadata=self._metadata)
+                    self._response = self._orbax.save_async(
+                        step, state, force=True, custom_metadata=self._metadata
+                    )
                 except Exception as e:  # orbax and tensorstore raise many kinds
                     failed = self._cleared(e)
                 else:
-                    self._pending = True
-                    failed = self.settle() if wait else None
+                    failed = self.settle() if wait or not self._proved else None
                     if failed is None:
+                        self._prove(step, state)
                         return
             self._failures += 1
             if not is_passing(failed) or pause is None or self._failures > len(PAUSES):
@@ -116,14 +116,33 @@ class Checkpoints(contextlib.AbstractContextManager):
             time.sleep(pause)
             failed = None
 
+    def _prove(self, step: int, state: Any) -> None:
+        """Read the first checkpoint back; a later one is written in the same way."""
+        if self._proved:
+            return
+        problem = read_back(lambda abstract: self._orbax.load(step, abstract), state)
+        if problem is not None:
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} was written and does not read back "
+                f"({problem}); choose another --out"
+            )
+        self._proved = True
+
     def settle(self) -> Exception | None:
         """Wait for the save under way; return the error of one that failed, and clear it away."""
-        pending, self._pending = self._pending, False
-        try:
-            self._orbax.wait()
-        except Exception as e:
-            return self._cleared(e)
-        self._failures = 0 if pending else self._failures
+        response, self._response = self._response, None
+        if response is None:
+            return None
+        failed = None
+        # The first ends the thread and the event loop of this save; both raise its error.
+        for wait in (response.result, self._orbax.wait):
+            try:
+                wait()
+            except Exception as e:
+                failed = failed or e
+        if failed is not None:
+            return self._cleared(failed)
+        self._failures = 0
         return None
 
     def skipped(self, step: int) -> int:
@@ -189,19 +208,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             f"{self.directory} cannot be written ({reason_of(error)}); {last} is kept; look at the "
             "disk, then go on with --resume"
         )
-
-
-@functools.cache
-def _ignore_late_writes() -> None:
-    """Say nothing of writes that end late: when one fails, orbax closes the loop of all others."""
-    before = sys.unraisablehook
-
-    def hook(what: Any) -> None:
-        late = isinstance(what.exc_value, RuntimeError) and "loop is closed" in str(what.exc_value)
-        if not late:
-            before(what)
-
-    sys.unraisablehook = hook
 
 
 def recover(directory: Path, say: Callable[[str], None] = print) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxdistill._disk import LOCK, DirectoryLock, is_full, reason_of, retried
+from jaxdistill._orbax import check_array_path
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import is_primary, on_primary
 from jaxdistill.models.json_text import parse_json, read_object
@@ -180,6 +181,7 @@ def no_space(run: Path, error: BaseException) -> str:
 
 def _check(path: Path, options: Mapping[str, Any], resume: bool) -> bool:
     """Return whether a directory holds this run; raise ``UserError`` if it can be neither."""
+    check_array_path(path)
     known = path / "config.json"
     if known.is_file():
         before = _options_of(known)

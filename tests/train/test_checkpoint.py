@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is what was, damage is noticed, failed writes are heard of."""
 
 import errno
+import os
 import shutil
 import sys
 import types
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill import _orbax
 from jaxdistill.errors import UserError
 from jaxdistill.train import checkpoint, manifest
 from jaxdistill.train.checkpoint import Checkpoints, recover
@@ -45,6 +47,41 @@ def test_only_the_last_are_kept(tmp_path):
         for step in (1, 2, 3, 4):
             checkpoints.save(step, state(step), "data")
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["3", "4"]
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a?[!b]", "tab\t%2F#{é}"])
+def test_any_name_holds_checkpoints(name, tmp_path):
+    """Orbax reads wildcards in its own directory: `a*` would merge the arrays of `a1` too."""
+    for folder, value in (("a1", 1.0), (name, 2.0)):
+        with Checkpoints(tmp_path / folder / "c") as checkpoints:
+            checkpoints.save(7, state(value), "data")
+    with Checkpoints(tmp_path / name / "c") as checkpoints:
+        got = checkpoints.restore(state(0.0), "data")
+    np.testing.assert_array_equal(got["w"]["kernel"], state(2.0)["w"]["kernel"])
+
+
+def test_the_first_checkpoint_is_read_back_before_training_continues(tmp_path, monkeypatch):
+    def other_values(load, tree):
+        return really(lambda abstract: jax.tree.map(lambda x: x + 1, load(abstract)), tree)
+
+    really = checkpoint.read_back
+    monkeypatch.setattr(checkpoint, "read_back", other_values)
+    with (
+        pytest.raises(UserError, match=r"checkpoint .*/c/1 .*\['step'\] has other values"),
+        Checkpoints(tmp_path / "c") as checkpoints,
+    ):
+        checkpoints.save(1, state(1.0), "data")
+
+
+def test_saving_leaks_neither_descriptors_nor_threads(tmp_path):
+    def count():
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step in range(1, 16):
+            checkpoints.save(step, state(step), "data", wait=True)
+            early = count() if step == 5 else early if step > 5 else None
+        assert all(late <= before + 4 for late, before in zip(count(), early, strict=True))
 
 
 def damage_arrays(step):
@@ -266,7 +303,7 @@ def test_a_full_disk_is_heard_of_at_the_end(wait, tmp_path, monkeypatch):
 def test_a_write_that_ends_after_the_save_failed_says_nothing(monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: heard.append(str(what.exc_value)))
-    checkpoint._ignore_late_writes.__wrapped__()
+    _orbax._ignore_late_writes()
     for said in ("Event loop is closed", "something else"):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(said)))
     assert heard == ["something else"]
