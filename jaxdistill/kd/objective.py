@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ops import segment_sum
@@ -129,7 +130,7 @@ def kd_objective(
 
     def guide_of(guides: tuple[Array, ...], row: dict[str, Any]) -> Array | TopK | None:
         if not guides:
-            return row.get("cached")
+            return jax.tree.map(lambda x: _masked(x, row["mask"]), row.get("cached"))
         if len(guides) == 1:
             return guides[0]
         return mix.entry.function(guides, row["targets"], **mix.given({}))
@@ -230,7 +231,12 @@ def _check_vocabularies(sizes: list[int], vocab_size: int | None) -> None:
 
 def _without(head: Head, mask: Array) -> Head:
     """Return the head without the rows that do not count: not even infinities get out of them."""
-    return head._replace(hidden=jnp.where(mask[:, None], head.hidden, jnp.zeros_like(head.hidden)))
+    return head._replace(hidden=_masked(head.hidden, mask))
+
+
+def _masked(x: Array, mask: Array) -> Array:
+    """Zero the rows that do not count."""
+    return jnp.where(jnp.expand_dims(mask, tuple(range(1, x.ndim))), x, jnp.zeros_like(x))
 
 
 def _cached_temperature(loss: Loss) -> float:

@@ -9,14 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdistill.errors import UserError
-from jaxdistill.losses.divergences import kl, log_probs
+from jaxdistill.losses.divergences import entropy, kl, log_probs
 from jaxdistill.losses.registry import register
 
 Teachers = Sequence[Float[Array, "N V"]]
-
-
-def _entropy(log_p: Float[Array, "N V"]) -> Float[Array, "N"]:
-    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 @register(
@@ -28,7 +24,7 @@ def _entropy(log_p: Float[Array, "N V"]) -> Float[Array, "N"]:
 )
 def certainty(teacher_logits: Teachers, *, power: float = 1.0) -> Float[Array, "N"]:
     """Weigh a token by how sure the teachers are of it, on average."""
-    sure = [1 - _entropy(log_probs(z)) / jnp.log(z.shape[-1]) for z in teacher_logits]
+    sure = [1 - entropy(log_probs(z)) / jnp.log(z.shape[-1]) for z in teacher_logits]
     return jnp.clip(sum(sure) / len(sure), 0.0, 1.0) ** power
 
 
@@ -41,7 +37,7 @@ def certainty(teacher_logits: Teachers, *, power: float = 1.0) -> Float[Array, "
 )
 def uncertainty(teacher_logits: Teachers, *, power: float = 1.0) -> Float[Array, "N"]:
     """Weigh a token by how unsure the teachers are of it, on average."""
-    unsure = [_entropy(log_probs(z)) / jnp.log(z.shape[-1]) for z in teacher_logits]
+    unsure = [entropy(log_probs(z)) / jnp.log(z.shape[-1]) for z in teacher_logits]
     return jnp.clip(sum(unsure) / len(unsure), 0.0, 1.0) ** power
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdistill.errors import UserError
-from jaxdistill.losses.divergences import Scalar
+from jaxdistill.losses.divergences import Scalar, kl
 from jaxdistill.losses.registry import register
 
 _NEAR_ONE = -1e-6  # log-likelihoods above it count as it: float32 knows no more of 1 - P
@@ -76,5 +76,5 @@ def span_likelihood(
         jnp.minimum(x / temperature, _NEAR_ONE)
         for x in (student_log_likelihood, teacher_log_likelihood)
     )
-    not_q, not_p = log1mexp(log_q), log1mexp(log_p)
-    return jnp.exp(log_p) * (log_p - log_q) + jnp.exp(not_p) * (not_p - not_q)
+    pair_p, pair_q = (jnp.stack([x, log1mexp(x)], axis=-1) for x in (log_p, log_q))
+    return kl(pair_p, pair_q)

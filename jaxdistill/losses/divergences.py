@@ -3,6 +3,10 @@
 ``p`` is the teacher's and ``q`` the student's ``softmax(z / temperature)``; every divergence of the
 two is multiplied by ``temperature^2``, which keeps the size of its gradient (Hinton et al., arXiv
 1503.02531). All are computed in float32.
+
+A logit may be -inf, a token that cannot come next: ``0 log 0`` is 0, so a token that neither model
+can say changes neither value nor gradient. One that only the student cannot say makes the forward
+KL infinite, one that only the teacher cannot say the reverse KL.
 """
 
 from __future__ import annotations
@@ -27,14 +31,39 @@ def log_probs(logits: Logits, temperature: Scalar = 1.0) -> Logits:
 
 
 def kl(log_p: Logits, log_q: Logits) -> Values:
-    """Return ``sum_v p log(p / q)`` of log-probabilities."""
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    """Return ``sum_v p log(p / q)`` of log-probabilities; ``0 log 0`` is 0."""
+    p = jnp.exp(log_p)
+    # Where p is 0 both logs may be -inf, and their difference NaN.
+    return jnp.sum(p * jnp.where(p > 0, log_p - log_q, jnp.zeros_like(p)), axis=-1)
+
+
+def entropy(log_p: Logits) -> Values:
+    """Return ``-sum_v p log p`` of log-probabilities; ``0 log 0`` is 0."""
+    return -kl(log_p, jnp.zeros_like(log_p))
+
+
+def _part(weight: Scalar | Values, log_p: Logits, log_q: Logits) -> Values:
+    """Return ``weight * kl(log_p, log_q)``: 0 at weight 0, also of an infinite KL."""
+    weight = jnp.asarray(weight, jnp.float32)
+    used = jnp.broadcast_to(jnp.expand_dims(weight > 0, -1), log_p.shape)
+    return weight * kl(jnp.where(used, log_p, -jnp.inf), log_q)
+
+
+def log_sum_exp(x: Logits) -> Values:
+    """Return ``log sum_v exp(x)``: of no gradient, not of NaN, where every entry is -inf."""
+    possible = jnp.any(x > -jnp.inf, axis=-1)
+    total = jax.nn.logsumexp(jnp.where(possible[:, None], x, jnp.zeros_like(x)), axis=-1)
+    return jnp.where(possible, total, -jnp.inf)
 
 
 def _mixed(log_a: Logits, log_b: Logits, share: Scalar) -> Logits:
     """Return ``log(share * a + (1 - share) * b)``."""
     share = jnp.asarray(share, jnp.float32)
-    return jnp.logaddexp(jnp.log(share) + log_a, jnp.log1p(-share) + log_b)
+    log_a, log_b = jnp.log(share) + log_a, jnp.log1p(-share) + log_b
+    possible = (log_a > -jnp.inf) | (log_b > -jnp.inf)
+    zeros = jnp.zeros_like(log_a)  # logaddexp of -inf twice has a gradient of NaN
+    mixed = jnp.logaddexp(jnp.where(possible, log_a, zeros), jnp.where(possible, log_b, zeros))
+    return jnp.where(possible, mixed, -jnp.inf)
 
 
 @register(
@@ -84,7 +113,8 @@ def jeffreys(
 
 @register(
     "divergence",
-    formula="beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q",
+    formula="beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q; KL(p||q) at beta 0, "
+    "KL(q||p) at 1",
     source="Agarwal et al. 2023 (GKD), arXiv 2306.13649",
     when="on-policy training: bounded, so a strange sample cannot blow it up",
     cost="as forward_kl, and the mixture",
@@ -96,10 +126,16 @@ def jsd(
     beta: Scalar = 0.5,
     temperature: Scalar = 1.0,
 ) -> Values:
-    """Return the generalized Jensen-Shannon divergence; 0 at both ends of ``beta``."""
+    """Return the generalized Jensen-Shannon divergence.
+
+    The formula is 0 at both ends of ``beta``, whatever the models. There it is the forward (0) and
+    the reverse (1) KL, to which ``jsd / beta`` and ``jsd / (1 - beta)`` tend.
+    """
     log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
-    log_m = _mixed(log_p, log_q, beta)
-    return temperature**2 * (beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m))
+    beta = jnp.asarray(beta, jnp.float32)
+    log_m = _mixed(log_p, log_q, beta)  # q at beta 0, p at 1
+    of_p, of_q = jnp.where(beta > 0, beta, 1.0), jnp.where(beta < 1, 1 - beta, 1.0)
+    return temperature**2 * (of_p * kl(log_p, log_m) + of_q * kl(log_q, log_m))
 
 
 @register(
@@ -199,11 +235,10 @@ def adaptive_kl(
     p, q = (lax.stop_gradient(jnp.exp(x)) for x in (log_p, log_q))
     gap = jnp.abs(p - q)
     in_head = _likeliest(p, head)
-    tiny = jnp.finfo(jnp.float32).tiny  # equal distributions have no gap at all
-    g_head = jnp.sum(jnp.where(in_head, gap, 0.0), axis=-1) + tiny
-    g_all = jnp.sum(gap, axis=-1) + 2 * tiny
-    share = g_head / g_all
-    return temperature**2 * (share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p))
+    g_head = jnp.sum(jnp.where(in_head, gap, 0.0), axis=-1)
+    g_all = jnp.sum(gap, axis=-1)
+    share = jnp.where(g_all > 0, g_head / jnp.where(g_all > 0, g_all, 1.0), 0.5)
+    return temperature**2 * (_part(share, log_p, log_q) + _part(1 - share, log_q, log_p))
 
 
 @register(
@@ -226,7 +261,7 @@ def cakld(
     (``evals.confidence``).
     """
     log_p, log_q = log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
-    mixed = confidence * kl(log_q, log_p) + (1 - confidence) * kl(log_p, log_q)
+    mixed = _part(confidence, log_q, log_p) + _part(1 - confidence, log_p, log_q)
     return temperature**2 * mixed
 
 
@@ -244,8 +279,10 @@ def taid(
 
     ``t`` follows the loss where a run's schedule adapts it, see ``kd.schedule``.
     """
-    student = student_logits.astype(jnp.float32)
-    goal = (1 - t) * lax.stop_gradient(student) + t * teacher_logits.astype(jnp.float32)
+    student, teacher = (z.astype(jnp.float32) for z in (student_logits, teacher_logits))
+    between = (1 - t) * student + t * teacher
+    # At an end the other model has no part, not even the -inf that 0 times -inf would make NaN.
+    goal = jnp.where(t <= 0, student, jnp.where(t >= 1, teacher, between))
     return forward_kl(student, lax.stop_gradient(goal), temperature=temperature)
 
 
@@ -282,6 +319,8 @@ def policy_gradient(
 
     Only its gradient has a meaning: the value's mean is no divergence.
     """
-    log_q = target_log_probs(student_logits, targets)
-    advantage = lax.stop_gradient(target_log_probs(teacher_logits, targets) - log_q)
+    log_q, log_p = (target_log_probs(z, targets) for z in (student_logits, teacher_logits))
+    possible = jnp.maximum(log_p, log_q) > -jnp.inf
+    log_q = jnp.where(possible, log_q, jnp.zeros_like(log_q))
+    advantage = lax.stop_gradient(jnp.where(possible, log_p, jnp.zeros_like(log_p)) - log_q)
     return -advantage * log_q

@@ -26,6 +26,10 @@ GRAMMAR = "NAME[:ARGUMENT=VALUE,...], or a sum such as 0.9*forward_kl+0.1*ce"
 _TERM = re.compile(r"(?:(?P<weight>[^*:]+)\*\s*)?(?P<name>[a-z_0-9]+)(?::(?P<arguments>.+))?")
 _PLUS = re.compile(r"(?<![0-9.]e)\+", re.IGNORECASE)  # the plus of 1e+3 joins no terms
 
+_LEAST_WEIGHT, _LARGEST_WEIGHT = (
+    float(x) for x in (jnp.finfo("float32").tiny, jnp.finfo("float32").max)
+)
+
 _FOUND_OUT = ("adaptive", "measured")  # by the run itself
 
 
@@ -47,6 +51,13 @@ class Term:
     entry: Entry
     weight: float = 1.0
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _LEAST_WEIGHT <= self.weight <= _LARGEST_WEIGHT:
+            raise UserError(
+                f"the weight of {self.entry.name} is {self.weight:g}; accepted: a number above 0 "
+                "that float32 holds"
+            )
 
     def given(self, knobs: Mapping[str, Array]) -> dict[str, Any]:
         """Return the arguments, those that follow the run from ``knobs``."""
@@ -165,6 +176,8 @@ def parse_term(text: str, *kinds: Kind) -> Term:
     if not isinstance(weight, float):
         raise UserError(f"the weight of {match['name']} is {match['weight']!r}; accepted: a number")
     entry = entry_of(match["name"], *kinds)
+    if match["weight"] and entry.kind in _STILL:
+        raise UserError(f"{entry.name} is a {entry.kind}, which takes no weight, got {text!r}")
     arguments: dict[str, Any] = {}
     for pair in (match["arguments"] or "").split(",") if match["arguments"] else ():
         name, equals, value = (part.strip() for part in pair.partition("="))
@@ -194,6 +207,9 @@ def _check_value(entry: Entry, name: str, value: Any, word: str | None) -> None:
     for x in value if isinstance(value, Ramp) else (value,):
         if x != word and not holds(x):
             raise UserError(f"{entry.name}:{name} is {x}; accepted: {bounds}")
+    idle = _IDLE.get((entry.name, name))
+    if value == idle or (isinstance(value, Ramp) and set(value) == {idle}):
+        raise UserError(f"{entry.name}:{name} is {idle}, where {entry.name} does nothing")
 
 
 _STILL: tuple[Kind, ...] = ("token_weight", "mixture", "correction")
@@ -210,6 +226,16 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 for _name in ("alpha", "beta", "confidence", "first", "head", "t"):
     _BOUNDS[_name] = ("from 0 to 1", lambda x: 0 <= x <= 1)
+
+# Where a function, though defined, leaves nothing to train by or changes nothing.
+_IDLE: dict[tuple[str, str], float] = {
+    ("skew_forward_kl", "alpha"): 1.0,
+    ("skew_reverse_kl", "alpha"): 1.0,
+    ("taid", "t"): 0.0,
+    ("certainty", "power"): 0.0,
+    ("uncertainty", "power"): 0.0,
+    ("label_mix", "share"): 0.0,
+}
 
 # What the run itself finds out, where the user gives no number.
 MEASURED: dict[str, dict[str, str]] = {

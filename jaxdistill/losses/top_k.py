@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.losses.divergences import Scalar, log_probs
-
-_NOTHING = -1e30  # a logit of no probability that still may be divided by a temperature
+from jaxdistill.losses.divergences import Scalar, log_probs, log_sum_exp
 
 
 class TopK(NamedTuple):
@@ -30,7 +28,7 @@ class TopK(NamedTuple):
 def _log_tail(log_p: Float[Array, "N V"], indices: Int[Array, "N k"]) -> Float[Array, "N"]:
     """Return the log of the probability of all other tokens, summed and not taken from 1."""
     rows = jnp.arange(log_p.shape[0])[:, None]
-    return jax.nn.logsumexp(log_p.at[rows, indices].set(_NOTHING), axis=-1)
+    return log_sum_exp(log_p.at[rows, indices].set(-jnp.inf))
 
 
 def top_k_of(logits: Float[Array, "N V"], k: int, temperature: Scalar = 1.0) -> TopK:
@@ -58,5 +56,4 @@ def with_tail(
     student = jnp.concatenate([kept, tail[:, None]], axis=-1)
     values = (teacher.log_probs, teacher.log_tail[:, None])
     guide = jnp.concatenate([x.astype(jnp.float32) for x in values], axis=-1)
-    guide = jnp.maximum(guide, _NOTHING)  # an empty tail that was stored in 16 bits is -inf
     return student * temperature, guide * temperature

@@ -1,9 +1,9 @@
 """Divergences against TRL, Liger and torch's kl_div: value and gradient.
 
 The generalized JSD of TRL and Liger mixes as ours does, ``m = beta teacher + (1 - beta) student``,
-and weighs ``KL(teacher || m)`` with beta; it has no factor ``temperature^2``. At the ends theirs is
+and weighs ``KL(teacher || m)`` with beta; it has no factor ``temperature^2``. At the ends it is
 another function: beta 0 gives ``KL(teacher || student)``, our ``forward_kl``, and beta 1 gives
-``KL(student || teacher)``, our ``reverse_kl``; ours goes to 0 there, as the formula does.
+``KL(student || teacher)``, our ``reverse_kl``.
 """
 
 import os
@@ -48,6 +48,8 @@ def compare(text, theirs, factor=1.0):
 
 
 JSD = [
+    ("jsd:beta={beta},temperature={T}", 0.0),
+    ("jsd:beta={beta},temperature={T}", 1.0),
     ("jsd:beta={beta},temperature={T}", 0.1),
     ("jsd:beta={beta},temperature={T}", 0.5),
     ("jsd:beta={beta},temperature={T}", 0.9),
