@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,7 +105,15 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: ModelConfig, tokenizer: Token
     writer.add_add_space_prefix(adds_prefix_space(tokenizer))
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        template = [{"name": n, "template": t} for n, t in template.items()]
+        names = {name: re.sub(r"[^A-Za-z0-9]", "_", name) for name in template}
+        if changed := [name for name, written in names.items() if name != written]:
+            _log.warning("GGUF has letters, digits and _ in names of chat templates: %s", changed)
+        if len(set(names.values())) < len(names):
+            raise UserError(
+                f"the names of the chat templates {sorted(names)} are not all different in GGUF, "
+                "which has letters, digits and _; rename one"
+            )
+        template = [{"name": names[n], "template": t} for n, t in template.items()]
     if template:
         writer.add_chat_template(template)
 

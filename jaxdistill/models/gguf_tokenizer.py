@@ -19,7 +19,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from jaxdistill.errors import UserError
 from jaxdistill.models.gguf_file import GGUFFile
 from jaxdistill.models.gguf_layout import gguf_field, one_line
-from jaxdistill.models.tokenizer import Tokenizer, pairs_of, tokenizer_spec
+from jaxdistill.models.tokenizer import (
+    Tokenizer,
+    check_templates,
+    pairs_of,
+    tokenizer_spec,
+)
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -155,6 +160,7 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
         **({"model_max_length": context} if context else {}),
     )
     tokenizer.chat_template = _chat_template(file)
+    check_templates(tokenizer, str(file.path))
     return tokenizer
 
 

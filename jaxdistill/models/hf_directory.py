@@ -35,6 +35,7 @@ _MODEL_FILES = (
     "merges.txt",
     "chat_template*",
 )
+_TEMPLATES = "additional_chat_templates"  # transformers' folder for all but the default one
 Tensor = tuple[str, np.dtype, tuple[int, ...]]
 
 
@@ -193,6 +194,8 @@ def _foreign(path: Path) -> list[str]:
 def _is_own(path: Path) -> bool:
     if path.name == CARD and path.is_file():
         return CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+    if path.name == _TEMPLATES and path.is_dir():
+        return all(p.suffix == ".jinja" and not p.is_dir() for p in path.iterdir())
     return not path.is_dir() and any(map(path.match, _MODEL_FILES))
 
 

@@ -31,6 +31,7 @@ ACCEPTED = (
 )
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_HUB_TEMPLATES = "additional_chat_templates/*.jinja"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -233,6 +234,8 @@ def _fetch(name: str, files: Sequence[str] = _HUB_FILES) -> Path:
         path = huggingface_hub.snapshot_download(
             name, allow_patterns=list(files), ignore_patterns=["*/*"]
         )
+        if files is _HUB_FILES:
+            huggingface_hub.snapshot_download(name, allow_patterns=[_HUB_TEMPLATES])
     except GatedRepoError:
         raise UserError(
             f"{name} is a gated model on the Hugging Face Hub; accept its terms on its page, log "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.gguf_layout import one_line
@@ -17,15 +18,29 @@ from jaxdistill.models.json_text import read_object
 Tokenizer = PreTrainedTokenizerFast
 
 _MAX_ID = 2**24
-_ELSEWHERE = ("fast_tokenizer_files", "from_slow", "gguf_file", "init_inputs", "tokenizer_object")
+_ELSEWHERE = (
+    "fast_tokenizer_files",
+    "from_slow",
+    "gguf_file",
+    "init_inputs",
+    "merges",
+    "tokenizer_object",
+    "vocab",
+)
+_CLASS = re.compile(r"\w*(Tokenizer|TokenizerFast|TokenizersBackend)", re.ASCII)
+_TEMPLATE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # it becomes the name of a file
+_MOST_TEMPLATES, _LONGEST_TEMPLATE = 100, 2**20  # characters; the longest published have 20,000
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Load the tokenizer of an HF directory (``tokenizer.json`` and its side files).
 
+    It is what ``AutoTokenizer`` loads: the class that ``tokenizer_config.json`` or ``config.json``
+    names may cut text in another way than ``tokenizer.json`` does.
+
     Raises:
-        UserError: if the directory or its ``tokenizer.json`` is missing or cannot be read, or a
-            side file names other files to read.
+        UserError: if the directory or its ``tokenizer.json`` is missing or cannot be read, a side
+            file names other files to read, or the class is not in transformers or is a slow one.
     """
     root = Path(directory)
     if not (root / "tokenizer.json").is_file():
@@ -35,11 +50,42 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         )
     _check_files(root)
     try:
-        return Tokenizer.from_pretrained(str(root), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(root), local_files_only=True, trust_remote_code=False
+        )
     except BaseException as e:  # tokenizers raises bare Exception, and panics are none even
         if isinstance(e, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise UserError(f"cannot read the tokenizer in {str(root)!r}: {one_line(e)}") from e
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(
+            f"the tokenizer in {str(root)!r} is a {type(tokenizer).__name__}, which transformers "
+            "runs in Python; accepted: a fast tokenizer"
+        )
+    check_templates(tokenizer, str(root))
+    return tokenizer
+
+
+def check_templates(tokenizer: Tokenizer, source: str) -> None:
+    """Raise ``UserError`` unless each chat template is a text that can be saved under its name."""
+    given: Any = tokenizer.chat_template
+    templates = given if isinstance(given, dict) else {"default": given} if given else {}
+    for name, template in list(templates.items())[: _MOST_TEMPLATES + 1]:
+        if not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
+            raise UserError(
+                f"{source} has a chat template named {str(name)[:100]!r}; accepted: letters, "
+                "digits, _, - and . in a name"
+            )
+        if not isinstance(template, str) or len(template) > _LONGEST_TEMPLATE:
+            what = f"{len(template)} characters" if isinstance(template, str) else "no text"
+            raise UserError(
+                f"the chat template {name!r} of {source} is {what}; accepted: up to "
+                f"{_LONGEST_TEMPLATE} characters"
+            )
+    if len(templates) > _MOST_TEMPLATES:
+        raise UserError(
+            f"{source} has {len(templates)} chat templates; accepted: up to {_MOST_TEMPLATES}"
+        )
 
 
 def _check_files(root: Path) -> None:
@@ -49,7 +95,7 @@ def _check_files(root: Path) -> None:
     ``transformers`` hands what stands in the side files to the tokenizer as arguments, which may be
     the paths of files to open.
     """
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
     for path in (root / name for name in names):
         if not path.is_file():
             continue
@@ -65,6 +111,13 @@ def _check_files(root: Path) -> None:
                 raise UserError(
                     f"{path} has an id that is no whole number from 0 to {_MAX_ID}; fetch it again"
                 )
+            continue
+        name = said.get("tokenizer_class")
+        if name is not None and not (isinstance(name, str) and _CLASS.fullmatch(name)):
+            raise UserError(
+                f"{path} has the tokenizer_class {name!r}; accepted: a tokenizer of transformers"
+            )
+        if path.name == "config.json":
             continue
         if path.name == "tokenizer_config.json":
             strange = [key for key in _ELSEWHERE if said.get(key)]
@@ -107,7 +160,7 @@ def pairs_of(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a short hash that is equal for tokenizers that give text the same ids.
+    """Return a short hash that is equal for tokenizers whose ids mean the same text.
 
     Sha256 of the vocabulary, the merges in order, and which tokens are special; 16 hex digits.
     """

@@ -36,7 +36,7 @@ def refused(call, *parts: str) -> None:
 @pytest.fixture
 def directory(tmp_path) -> Path:
     """A model directory with a tokenizer."""
-    save_hf(tmp_path / "model", *load_hf(GOLDEN / "qwen2_tied"), tokenizer())
+    save_hf(tmp_path / "model", *load_hf(GOLDEN / "qwen3_head_dim"), tokenizer())
     return tmp_path / "model"
 
 
@@ -44,7 +44,7 @@ def test_a_directory_gives_model_and_tokenizer(directory):
     model = load_model(directory)
     assert model.source == str(directory)
     assert model.tokenizer is not None and len(model.tokenizer) == 96
-    assert model.config.model_type == "qwen2"
+    assert model.config.model_type == "qwen3"
     assert load_model(str(directory)).config == model.config
 
 
@@ -76,8 +76,9 @@ def test_a_hub_name_is_fetched(directory, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     model = load_model("org/some-Model_1.5B")
     assert model.source == "org/some-Model_1.5B" and model.tokenizer is not None
-    ((name, kwargs),) = calls
-    assert name == "org/some-Model_1.5B"
+    assert {name for name, _ in calls} == {"org/some-Model_1.5B"}
+    kwargs, templates = (options for _, options in calls)
+    assert templates == {"allow_patterns": ["additional_chat_templates/*.jinja"]}
     kept = list(
         huggingface_hub.utils.filter_repo_objects(
             [
@@ -158,7 +159,7 @@ def test_a_path_that_is_no_model_is_refused(tmp_path):
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(directory):
     shutil.rmtree(directory)
-    save_hf(directory, *load_hf(GOLDEN / "qwen2_tied"), tokenizer(words=97))
+    save_hf(directory, *load_hf(GOLDEN / "qwen3_head_dim"), tokenizer(words=97))
     refused(
         lambda: load_model(directory), " has 97 ids and the model a vocabulary of 96; accepted:"
     )
