@@ -85,6 +85,59 @@ def retried(write: Callable[[], T]) -> T:
     return write()
 
 
+def create(path: Path) -> int:
+    """Open a new file for writing, in place of one of that name; a link is replaced, not followed.
+
+    Returns:
+        the descriptor.
+    """
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all, and surely: it is on disk on return.
+
+    A write that fails in a way that may pass is tried again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    part = path.with_name(f"{path.name[:40]}.part")
+
+    def write() -> None:
+        with os.fdopen(create(part), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    try:
+        retried(write)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def append(path: Path, text: str) -> None:
+    """Append to a file, or leave it as it was where the text cannot be written whole.
+
+    Raises:
+        OSError: it cannot be written, or is a link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(text.encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 class DirectoryLock(contextlib.AbstractContextManager):
     """Keep a directory to one writer, by the kernel's advisory lock (flock) on ``DIR/.lock``.
 
@@ -99,7 +152,7 @@ class DirectoryLock(contextlib.AbstractContextManager):
             UserError: another process holds it, or another object in this one.
         """
         self._file: int | None = None
-        file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:

@@ -9,7 +9,16 @@ import sys
 import pytest
 
 from jaxdistill import _disk
-from jaxdistill._disk import DirectoryLock, errno_of, is_full, is_passing, reason_of, retried
+from jaxdistill._disk import (
+    DirectoryLock,
+    append,
+    errno_of,
+    is_full,
+    is_passing,
+    reason_of,
+    retried,
+    write_whole,
+)
 from jaxdistill.errors import UserError
 
 # Takes the lock as DirectoryLock does, without the seconds that importing jax takes.
@@ -94,3 +103,20 @@ def test_errors_are_understood_through_what_wraps_them():
         assert errno_of(e) == errno.EIO and is_passing(e)
     assert errno_of(ValueError("shape (3, 28)")) is None
     assert reason_of(ValueError("one\ntwo")) == "one"
+
+
+def test_links_are_neither_locked_nor_written_through(tmp_path):
+    """In a directory that others may write, a link could send what is written elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in (".lock", "config.json.part", "config.json", "log.jsonl"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(OSError) as e:
+        DirectoryLock(tmp_path)
+    assert e.value.errno == errno.ELOOP
+    write_whole(tmp_path / "config.json", "new")
+    with pytest.raises(OSError):
+        append(tmp_path / "log.jsonl", "row")
+    assert victim.read_text() == "mine" and (tmp_path / "config.json").read_text() == "new"
+    assert not (tmp_path / "config.json").is_symlink()
+    write_whole(tmp_path / ("x" * 255), "a name of all the bytes that there may be")

@@ -1,8 +1,8 @@
 """A synthetic set on disk: the arrays that train with it, and the same as an ordinary data set.
 
 A directory holds ``synthetic.safetensors`` (arrays ``learned/...`` and ``fixed/...``, everything
-else as JSON in the header) and one data file for other programs: ``train.jsonl`` at the level of
-text, ``train.parquet`` at every other.
+else as JSON in the header), one data file for other programs (``train.jsonl`` at the level of
+text, ``train.parquet`` at every other) and ``checksums.crc32``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import datasets
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
 from safetensors.numpy import save_file
 
+from jaxdistill._checksums import MANIFEST, check_directory, seal
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.errors import UserError
 from jaxdistill.models.json_text import parse_json
@@ -185,8 +187,8 @@ def save_set(directory: str | os.PathLike[str], stored: StoredSet) -> Path:
         UserError: the directory holds something else, or cannot be written.
     """
     target = Path(directory).absolute()
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    old = target.with_name(f".jaxdistill.{os.getpid()}.old")
+    part = target.with_name(f".jaxdistill.{os.getpid()}.part")
     try:
         _check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -197,6 +199,8 @@ def save_set(directory: str | os.PathLike[str], stored: StoredSet) -> Path:
             (part / TEXTS).write_text("".join(rows), encoding="utf-8")
         else:
             pq.write_table(_table(stored), part / TABLE)
+        seal(part)
+        _check_written(part, stored)
         if target.exists():
             target.rename(old)
         try:
@@ -215,18 +219,28 @@ def save_set(directory: str | os.PathLike[str], stored: StoredSet) -> Path:
     return target
 
 
+def _check_written(part: Path, stored: StoredSet) -> None:
+    """Raise ``UserError`` where a set does not read back as it was written."""
+    pairs = zip(
+        *(jax.tree.leaves(s.synthetic.batch()) for s in (load_set(part), stored)), strict=True
+    )
+    if not all(np.array_equal(a, np.asarray(jnp.asarray(b))) for a, b in pairs):
+        raise UserError(f"{part} does not read back as it was written; look at the disk")
+
+
 def load_set(directory: str | os.PathLike[str]) -> StoredSet:
     """Read what ``save_set`` wrote.
 
     Raises:
-        UserError: there is no set, its file is cut off or damaged, or the arrays do not fit
-            together or are not finite.
+        UserError: there is no set, a file is cut off or differs from the checksums, or the arrays
+            do not fit together or are not finite.
     """
     path = Path(directory) / ARRAYS
     if not path.is_file():
         raise UserError(
             f"{str(directory)!r} holds no {ARRAYS}; give the directory of a synthetic set"
         )
+    check_directory(Path(directory))
     file = SafetensorsFile(path)
     metadata = file.metadata
     if metadata.get("format") != _FORMAT:
@@ -282,7 +296,7 @@ def _check_target(target: Path) -> None:
     if not target.exists():
         return
     inside = {file.name for file in target.iterdir()} if target.is_dir() else {target.name}
-    others = sorted(inside - {ARRAYS, TEXTS, TABLE})
+    others = sorted(inside - {ARRAYS, TEXTS, TABLE, MANIFEST})
     if others:
         raise UserError(
             f"{str(target)!r} holds {others[0]}; accepted: a new or empty directory, or an older "

@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 from jaxtyping import Float16, Int8, UInt8
 
+from jaxdistill._disk import create
 from jaxdistill.errors import UserError
 from jaxdistill.export.gguf_metadata import add_about, add_model, add_tokenizer
 from jaxdistill.export.leaves import flat_leaves, group_count, take, take_float, take_half
@@ -90,7 +91,7 @@ def write_gguf(
         raise UserError(f"{str(target)!r} is a directory; give the path of a .gguf file to write")
     arch = _ARCHITECTURE[config.model_type]
     tensors = _plan(config, arch, params)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    partial = target.with_name(f".jaxdistill.{os.getpid()}.part")
     writer = gguf.GGUFWriter(partial, arch)
     add_model(writer, config, name, _file_type(tensors))
     add_about(writer, description, base_model)
@@ -99,6 +100,7 @@ def write_gguf(
         _declare(writer, t)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        os.close(create(partial))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
-import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +16,21 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxdistill._disk import LOCK, DirectoryLock, reason_of, retried
+from jaxdistill._checksums import checksum
+from jaxdistill._disk import LOCK, DirectoryLock, append, reason_of, retried, write_whole
 from jaxdistill.errors import UserError
 from jaxdistill.kd import teachers as _teachers  # noqa: F401  fills the registry
 from jaxdistill.kd.objective import head_of, next_token_targets
 from jaxdistill.kd.rows import Rows
 from jaxdistill.kd.teacher_cache import (
+    CHECKSUMS,
     HEADER,
     PARTS,
     CacheHeader,
     TeacherCache,
-    is_whole,
+    damaged_part,
     open_cache,
+    read_checksums,
     read_header,
     shard_file,
 )
@@ -129,7 +133,8 @@ def write_cache(
             now (False: found whole).
 
     Raises:
-        UserError: a bad argument, a directory that holds something else, or a full disk.
+        UserError: a bad argument, a directory that holds something else, a teacher whose
+            predictions are not finite, or a full disk.
     """
     several = (teacher,) if callable(teacher) else tuple(teacher)
     own = (params,) if callable(teacher) else tuple(params)
@@ -176,20 +181,24 @@ def write_cache(
                 held.enter_context(DirectoryLock(path))
                 if not begun and not _begun(path, header, resume):  # as it is now, no other writer
                     text = json.dumps(dataclasses.asdict(header), indent=2) + "\n"
-                    _write(path / HEADER, lambda file: file.write(text.encode()))
+                    (path / CHECKSUMS).unlink(missing_ok=True)
+                    _write(path / HEADER, text.encode())
+                else:
+                    _tidy(path)
 
             on_primary(begin, f"write {path}")
+            sums = read_checksums(path) or {}
             for shard in range(header.shards):
                 start = shard * rows_per_shard
                 stop = min(start + rows_per_shard, len(rows))
-                if is_whole(path, header, shard):
+                if damaged_part(path, header, shard, sums) is None:
                     if progress is not None:
                         progress(stop - start, False)
                     continue
                 parts = _predicted(predict, own, rows, start, stop, batch_size, header, progress)
                 write = functools.partial(_write_shard, path, header, shard, parts)
                 on_primary(write, f"write {path}")
-            on_primary(lambda: _clear(path), f"clear {path}")
+            on_primary(lambda: _tidy(path), f"clear {path}")
     except OSError as e:
         raise UserError(
             f"{path} cannot be written ({reason_of(e)}); make room or choose another directory, "
@@ -209,6 +218,11 @@ def _predicted(predict, params, rows, start, stop, batch_size, header, progress)
         batch = {name: np.pad(a, ((0, batch_size - n), (0, 0))) for name, a in batch.items()}
         top = predict(params, place_batch(batch))
         parts = {part: fetch(getattr(top, part))[:n] for part in PARTS}
+        if not all(np.isfinite(np.exp(parts[part])).all() for part in ("log_probs", "log_tail")):
+            raise UserError(
+                f"the teacher's probabilities in rows {at} to {at + n - 1} are not finite; nothing "
+                "of them is cached; look at the teacher's weights and the data"
+            )
         for part in ("log_probs", "log_tail"):
             parts[part] = np.maximum(parts[part], np.float32(_LOWEST))
         found.append({part: a.astype(header.dtypes[part]) for part, a in parts.items()})
@@ -217,9 +231,12 @@ def _predicted(predict, params, rows, start, stop, batch_size, header, progress)
     return {part: np.concatenate([x[part] for x in found]) for part in PARTS}
 
 
-def _clear(path: Path) -> None:
+def _tidy(path: Path) -> None:
+    """Remove half-written files, and sort the checksums, without a line that a kill cut off."""
     for left in path.glob("*.part"):
         left.unlink()
+    lines = [[name, *pair] for name, pair in sorted((read_checksums(path) or {}).items())]
+    write_whole(path / CHECKSUMS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _write_shard(
@@ -227,7 +244,9 @@ def _write_shard(
 ) -> None:
     for part in PARTS:
         assert parts[part].shape == header.shape_of(shard, part)
-        _write(shard_file(path, shard, part), functools.partial(np.save, arr=parts[part]))
+        file = io.BytesIO()
+        np.save(file, parts[part])
+        _write(shard_file(path, shard, part), file.getvalue())
 
 
 def _begun(path: Path, header: CacheHeader, resume: bool) -> bool:
@@ -249,7 +268,7 @@ def _begun(path: Path, header: CacheHeader, resume: bool) -> bool:
         return True
 
     def ours(file: Path) -> bool:
-        return file.suffix == ".part" or file.name == LOCK
+        return file.suffix == ".part" or file.name in (LOCK, CHECKSUMS)
 
     if path.exists() and (not path.is_dir() or not all(ours(file) for file in path.iterdir())):
         raise UserError(f"{path} exists and is not a teacher cache; choose another directory")
@@ -258,15 +277,10 @@ def _begun(path: Path, header: CacheHeader, resume: bool) -> bool:
     return False
 
 
-def _write(path: Path, save: Callable[[Any], None]) -> None:
-    """Write a file whole or not at all, and surely."""
-    part = path.with_name(path.name + ".part")
-
-    def write() -> None:
-        with part.open("wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    retried(write)
-    os.replace(part, path)
+def _write(path: Path, content: bytes) -> None:
+    """Write a file of the cache and its checksum; the file whole or not at all, and read back."""
+    write_whole(path, content)
+    pair = [len(content), zlib.crc32(content)]
+    if checksum(path) != pair:
+        raise UserError(f"{path} does not read back as it was written; look at the disk")
+    retried(lambda: append(path.with_name(CHECKSUMS), json.dumps([path.name, *pair]) + "\n"))

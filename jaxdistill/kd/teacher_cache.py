@@ -2,21 +2,25 @@
 
 ``DIR/cache.json`` says what the cache is of; shards ``DIR/00000.{log_probs,indices,log_tail}.npy``
 hold a range of rows each. A shard's files appear whole or not at all, the tail's last, so that a
-kill at any time costs at most the shard that was being made. Every place of a row is kept, at which
-the next token is predicted, targets or not.
+kill at any time costs at most the shard that was being made. ``DIR/checksums.jsonl`` has a line
+``[name, size, CRC-32]`` for each file. Every place of a row is kept, at which the next token is
+predicted, targets or not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxdistill._checksums import Checksums, checksum
 from jaxdistill.errors import UserError
 from jaxdistill.kd.rows import Rows
 from jaxdistill.losses.loss import Loss, parse_loss
@@ -24,7 +28,7 @@ from jaxdistill.models.json_text import read_object
 
 FORMAT = 1
 PARTS = ("log_probs", "indices", "log_tail")  # the order of writing
-HEADER = "cache.json"
+HEADER, CHECKSUMS = "cache.json", "checksums.jsonl"
 _SHARD = re.compile(rf"(\d{{5,12}})\.(?:{'|'.join(PARTS)})\.npy")
 _WHAT = {
     "model": "give the teacher that was cached, or cache this one",
@@ -123,16 +127,50 @@ def _open_part(directory: Path, header: CacheHeader, shard: int, part: str) -> n
     return found if right else None
 
 
-def is_whole(directory: Path, header: CacheHeader, shard: int) -> bool:
-    """Tell whether a shard's files are there, uncut, in the header's shapes and types."""
-    return all(_open_part(directory, header, shard, part) is not None for part in PARTS)
+def read_checksums(directory: Path) -> Checksums | None:
+    """Read the checksum of each file; None where the cache has none, as one of another program.
+
+    A line that cannot be read is left out: its file does not count as whole then.
+    """
+    path = directory / CHECKSUMS
+    if not path.is_file():
+        return None
+    sums: Checksums = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            name, *pair = json.loads(line)
+            sums[str(name)] = pair
+        except (ValueError, TypeError):
+            continue
+    return sums
+
+
+def damaged_part(
+    directory: Path, header: CacheHeader, shard: int, sums: Checksums | None
+) -> str | None:
+    """Name a file of a shard that is cut off, of another shape or not what was written.
+
+    None where all are whole; the name of a missing file is returned too.
+    """
+    for part in PARTS:
+        file = shard_file(directory, shard, part)
+        if _open_part(directory, header, shard, part) is None:
+            return file.name
+        if sums is not None and sums.get(file.name) != checksum(file):
+            return file.name
+    return None
 
 
 def read_header(path: Path) -> CacheHeader:
     """Read ``cache.json``; raise ``UserError`` where it is missing, damaged or another's."""
+    sums = read_checksums(path)
     if not (path / HEADER).is_file():
         raise UserError(
             f"{path} holds no teacher cache; give a directory that `jaxdistill cache-teacher` wrote"
+        )
+    if sums is not None and sums.get(HEADER) != checksum(path / HEADER):
+        raise UserError(
+            f"{path / HEADER} is damaged (it differs from {CHECKSUMS}); write the cache again"
         )
     try:
         said = read_object(path / HEADER)
@@ -211,6 +249,7 @@ class TeacherCache:
 
 
 _MAPPED = 3 * 1024
+_THREADS = 4
 _FIELDS = {f"teacher_{part}": part for part in PARTS}
 
 
@@ -238,18 +277,14 @@ def open_cache(
     # By what is there, not by what the header says there should be: that may be any number.
     here = {int(m[1]) for file in path.iterdir() if (m := _SHARD.fullmatch(file.name))}
     here = sorted(shard for shard in here if shard < header.shards)
-    whole = {shard for shard in here if is_whole(path, header, shard)}
+    sums = read_checksums(path)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        bad = list(pool.map(lambda shard: damaged_part(path, header, shard, sums), here))
+    whole = [shard for shard, name in zip(here, bad, strict=True) if name is None]
     if len(whole) < header.shards:
         done = sum(header.shape_of(shard, "log_tail")[0] for shard in whole)
-        cut = [
-            shard_file(path, shard, part).name
-            for shard in here
-            for part in PARTS
-            if shard not in whole
-            and shard_file(path, shard, part).exists()
-            and _open_part(path, header, shard, part) is None
-        ]
-        what = f"is damaged ({cut[0]} is cut off or changed)" if cut else "is not finished"
+        changed = [name for name in bad if name is not None and (path / name).exists()]
+        what = f"is damaged ({changed[0]} is cut off or changed)" if changed else "is not finished"
         raise UserError(
             f"{path} {what}: {done} of {header.rows} rows are whole; run the same "
             "`jaxdistill cache-teacher` with --resume"

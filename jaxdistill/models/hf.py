@@ -15,6 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from jaxdistill._checksums import check_directory
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import fetch, is_primary, on_primary
 from jaxdistill.models.config import (
@@ -71,9 +72,11 @@ def load_hf(
         or on a mesh JAX arrays in their places.
 
     Raises:
-        UserError: a file or tensor is missing, cut off, misshapen, unexpected or not of float type.
+        UserError: a file or tensor is missing, cut off, misshapen, unexpected or not of float type,
+            or a file differs from the directory's checksums.
     """
     directory = Path(directory)
+    on_primary(lambda: check_directory(directory), f"check {directory}")
     raw = read_json(directory / "config.json", "a model directory with config.json and safetensors")
     if raw.get("quantization_config"):
         given = raw["quantization_config"]
@@ -123,6 +126,7 @@ def read_hf_config(directory: str | os.PathLike[str]) -> ModelConfig:
         UserError: a file is missing or damaged, or the model is not supported.
     """
     directory = Path(directory)
+    on_primary(lambda: check_directory(directory), f"check {directory}")
     raw = read_json(directory / "config.json", "a model's config.json")
     config = _config(directory, raw)
     has_weights = any((directory / name).is_file() for name in (WEIGHTS, INDEX))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill._checksums import MANIFEST, seal
 from jaxdistill.errors import UserError
 from jaxdistill.models.safetensors import write_safetensors
 from jaxdistill.models.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ _MODEL_FILES = (
     "vocab.txt",
     "merges.txt",
     "chat_template*",
+    MANIFEST,
 )
 _TEMPLATES = "additional_chat_templates"  # transformers' folder for all but the default one
 Tensor = tuple[str, np.dtype, tuple[int, ...]]
@@ -51,7 +53,7 @@ def write_model_directory(
     tokenizer: Tokenizer | None = None,
     card: str | None = None,
 ) -> None:
-    """Write config.json, weights, tokenizer files and model card; all of them or nothing.
+    """Write config.json, weights, tokenizer files, model card and checksums; all or nothing.
 
     Everything goes to a temporary sibling, which then takes the directory's name.
 
@@ -76,7 +78,7 @@ def write_model_directory(
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=".jaxdistill.", dir=target.parent))
         temporary.chmod(0o777 & ~_umask())
         write_weights(temporary)
         _write_json(temporary / "config.json", config)
@@ -88,6 +90,7 @@ def write_model_directory(
             tokenizer.save_pretrained(str(temporary))
         if card is not None:
             (temporary / CARD).write_text(card, encoding="utf-8")
+        seal(temporary)
         replace_directory(target, temporary)
     except OSError as e:
         raise UserError(
@@ -170,7 +173,7 @@ def replace_directory(target: Path, temporary: Path) -> None:
     if not target.exists():
         temporary.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = Path(tempfile.mkdtemp(prefix=".jaxdistill.old.", dir=target.parent))
     target.rename(old)
     try:
         temporary.rename(target)

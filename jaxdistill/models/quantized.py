@@ -5,6 +5,7 @@ DIR/quantization.json   the spec of every quantized weight, for the reader; that
 DIR/params/             orbax: ``kernel_q`` int4 or int8 (uint8 too; uint4 as int4, less 8),
                         ``kernel_scale`` and ``kernel_zero`` float16, norms float32
 DIR/tokenizer*          as transformers saves it
+DIR/checksums.crc32      size and CRC-32 of each file
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxdistill._checksums import check_directory, seal
 from jaxdistill._orbax import check_array_path, prepare_orbax, read_back
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import on_primary, present_mesh
@@ -64,7 +66,7 @@ def save_quantized(
     Raises:
         UserError: the path cannot hold arrays, or what was written does not read back.
     """
-    part = directory.with_name(directory.name + ".part")
+    part = directory.with_name(f"{directory.name[:40]}.part")  # a name has at most 255 bytes
 
     def begin() -> None:
         shutil.rmtree(part, ignore_errors=True)
@@ -75,6 +77,7 @@ def save_quantized(
         (part / _MARK).write_text(json.dumps(_described(params, policy), indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
+        seal(part)
         replace_directory(directory, part)
 
     check_array_path(directory)
@@ -119,8 +122,10 @@ def load_quantized(
     """Read what ``save_quantized`` wrote, in the stored form, in its place on the present mesh.
 
     Raises:
-        UserError: the directory is cut off or was not written by ``save_quantized``.
+        UserError: the directory is cut off, differs from its checksums or was not written by
+            ``save_quantized``.
     """
+    on_primary(lambda: check_directory(directory), f"check {directory}")
     try:
         config = config_from_hf(read_object(directory / "config.json"))
         params = _unsigned(_load_arrays((directory / "params").resolve(), config, layout))

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxdistill._checksums import checksum
 from jaxdistill.errors import UserError
 from jaxdistill.models.json_text import parse_json
 
@@ -170,6 +172,9 @@ def write_safetensors(
 
     Returns:
         The number of bytes of tensor data.
+
+    Raises:
+        UserError: the file does not read back as it was written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -183,12 +188,21 @@ def write_safetensors(
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
+    crc = 0
     with open(path, "wb") as f:
-        f.write(len(raw).to_bytes(8, "little"))
-        f.write(raw)
+
+        def write(part: Any) -> None:
+            nonlocal crc
+            crc = zlib.crc32(part, crc)
+            f.write(part)
+
+        write(len(raw).to_bytes(8, "little"))
+        write(raw)
         for name, dtype, shape in tensors:
             array = np.ascontiguousarray(get(name), dtype=dtype)
             if array.shape != tuple(shape):
                 raise ValueError(f"{name}: {array.shape} was given for shape {tuple(shape)}")
-            f.write(array.reshape(-1).view(np.uint8).data)
+            write(array.reshape(-1).view(np.uint8).data)
+    if checksum(Path(path)) != [8 + len(raw) + offset, crc]:
+        raise UserError(f"{path} does not read back as it was written; look at the disk")
     return offset

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jaxdistill._disk import write_whole
 from jaxdistill.errors import UserError
 from jaxdistill.kd.recommend import Recommendation, recommend_freeze
 from jaxdistill.kd.signal import Signal, by_projection, make_signal
@@ -247,8 +248,8 @@ def _write(
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir(parents=True)
     for name, picture in pictures.items():
-        (plots / f"{name}.png").write_bytes(picture)
-    (o.out / "index.html").write_text(page, encoding="utf-8")
+        write_whole(plots / f"{name}.png", picture)
+    write_whole(o.out / "index.html", page)
     write_json(
         o.out / "signal.json",
         report | {"projections": list(PROJECTIONS), "arrays": labelled(arrays)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 from rich.console import Console
 
+from jaxdistill._disk import write_whole
 from jaxdistill.dd.stored_set import Level
 from jaxdistill.errors import UserError
 from jaxdistill.evals.features import (
@@ -243,10 +244,9 @@ def _kept(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _keep(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.save(file, array)
-    os.replace(part, path)
+    file = io.BytesIO()
+    np.save(file, array)
+    write_whole(path, file.getvalue())
 
 
 class RealBatches:

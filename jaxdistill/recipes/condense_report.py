@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from rich.console import Console
 
+from jaxdistill._disk import write_whole
 from jaxdistill.dd.stored_set import StoredSet, save_set
 from jaxdistill.dd.synthetic import Synthetic
 from jaxdistill.dd.text import nearest_examples, nearest_tokens
@@ -97,7 +98,7 @@ def _write(
         titles = [stored.classes[label] for label in stored.labels()[0]]
         plot_images(plots / "set.png", _pixels(stored, real), titles)
     table = _table(stored)
-    (run.path / "README.md").write_text(_readme(run, stored, result, table))
+    write_whole(run.path / "README.md", _readme(run, stored, result, table))
 
 
 def _pixels(stored: StoredSet, real: Real) -> np.ndarray:

@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jaxdistill._disk import write_whole
 from jaxdistill.errors import UserError
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import load_model
@@ -71,7 +72,7 @@ def write_text(directory: Path) -> tuple[Path, Path]:
     paths = directory / "train.jsonl", directory / "held_out.jsonl"
     for path, held in zip(paths, (False, True), strict=True):
         rows = [text for i, (_, text) in enumerate(topics) if (i % 8 == 7) == held]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+        write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in rows))
     return paths
 
 
@@ -147,7 +148,7 @@ def demo(o: Demo, console: Console | None = None) -> dict[str, Any]:
         "peak_mib": peak_mib(),
     }
     write_json(mark, report)
-    (o.out / "README.md").write_text(f"# The demo\n\n{markdown_table(results)}")
+    write_whole(o.out / "README.md", f"# The demo\n\n{markdown_table(results)}")
     _show(o, report, console)
     return report
 

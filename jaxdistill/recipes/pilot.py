@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 from rich.console import Console
 
+from jaxdistill._disk import write_whole
 from jaxdistill.errors import UserError
 from jaxdistill.evals.choices import Question, load_choices
 from jaxdistill.evals.continuation import continuation_questions
@@ -301,5 +302,5 @@ def _write_questions(path: Path, questions: list[Question]) -> Path:
         {"context": q.context, "choices": q.choices, "label": q.label, **q.fields}
         for q in questions
     )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path

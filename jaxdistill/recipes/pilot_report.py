@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from jaxdistill._disk import write_whole
 from jaxdistill.evals.perplexity import recovered
 from jaxdistill.evals.slices import LEAST_ITEMS, SliceReport, slice_warning
 from jaxdistill.models.json_text import parse_json, read_object
@@ -75,7 +76,7 @@ def report_pilot(
         options=pilot["options"],
         environment=pilot["environment"],
     )
-    (out / "index.html").write_text(run_page(page), encoding="utf-8")
+    write_whole(out / "index.html", run_page(page))
     _show(out, report, slices, console)
     return report
 

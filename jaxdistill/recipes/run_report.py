@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from jaxdistill._disk import write_whole
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import recovered
 from jaxdistill.evals.slices import SliceReport, slice_warning
@@ -140,7 +141,7 @@ def _write(run: Path, page: RunPage, said: list[str]) -> None:
         write_json(run / "samples.json", list(page.samples))
     if any(page.metrics.values()):
         write_pictures(run / "plots", draw_training(page.metrics, results))
-    (run / "index.html").write_text(run_page(page), encoding="utf-8")
+    write_whole(run / "index.html", run_page(page))
     start, student = before_training(results), results["student"]
     gap = []
     if "kl" in student:
@@ -171,7 +172,7 @@ def _write(run: Path, page: RunPage, said: list[str]) -> None:
         "--data ...`, and a quantized one: `jaxdistill export --run DIR --format gguf --out "
         "model.gguf`.\n",
     ]
-    (run / "README.md").write_text("\n".join(lines))
+    write_whole(run / "README.md", "\n".join(lines))
 
 
 def finished_student(run: Path) -> Path:

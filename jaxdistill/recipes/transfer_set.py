@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jaxdistill._disk import write_whole
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import make_row_evaluator
 from jaxdistill.kd.objective import kd_objective
@@ -198,9 +200,9 @@ def with_teacher_text(
 
 
 def _save(where: Path, arrays: Any) -> None:
-    part = where.with_name("part-" + where.name)
-    np.savez(part, **arrays)
-    part.replace(where)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_whole(where, file.getvalue())
 
 
 def serve(

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from jaxdistill._disk import write_whole
 from jaxdistill.evals.perplexity import recovered
 from jaxdistill.report.theme import Pictures, Theme, png, style
 
@@ -23,7 +24,7 @@ def _curve(axes: Any, rows: Rows, name: str, label: str, **look: Any) -> None:
 
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a figure, close it, and return its path."""
-    path.write_bytes(png(figure))
+    write_whole(path, png(figure))
     return path
 
 

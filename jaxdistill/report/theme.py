@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import matplotlib
 
+from jaxdistill._disk import write_whole
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -62,5 +64,5 @@ def write_pictures(directory: Path, pictures: Mapping[str, bytes]) -> list[Path]
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.png" for name in pictures]
     for path, picture in zip(paths, pictures.values(), strict=True):
-        path.write_bytes(picture)
+        write_whole(path, picture)
     return paths

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxdistill._disk import PAUSES, errno_of, is_full, is_passing, reason_of
 from jaxdistill._orbax import prepare_orbax, read_back
 from jaxdistill.errors import UserError
-from jaxdistill.train.manifest import damage, seal
+from jaxdistill.train.manifest import damage, seal_checkpoint
 from jaxdistill.train.preemption import agreed
 from jaxdistill.train.run_directory import no_space
 
@@ -183,7 +183,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _seal(self) -> None:
         """Write the manifest into what is about to become a checkpoint; orbax calls it then."""
         for half in self.directory.glob(_HALF):
-            seal(half, self._metadata)
+            seal_checkpoint(half, self._metadata)
 
     def _cleared(self, error: Exception) -> Exception:
         """Return a failed save's error, its half-written files removed."""

@@ -1,35 +1,29 @@
-"""A checkpoint's manifest: the size and checksum of each of its files, and how to check them.
+"""A checkpoint's manifest, written before orbax's own description of the checkpoint is final.
 
-Tensorstore checks its own index; the values of an array it hands out as it finds them.
+Tensorstore checks its own index; it returns the values of an array as it finds them.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+from jaxdistill._checksums import MANIFEST, checksums, difference, read_manifest, seal
+
 _STEP = "_CHECKPOINT_METADATA"
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)  # written after the sealing
 _KEYS = ("custom_metadata", "item_handlers", "init_timestamp_nsecs", "commit_timestamp_nsecs")
-_CHUNK = 2**20
 
 
-def seal(directory: Path, metadata: Any) -> None:
+def seal_checkpoint(directory: Path, metadata: Any) -> None:
     """Write the manifest of a checkpoint whose arrays are all written; it is on disk on return.
 
     Args:
         directory: of the checkpoint.
         metadata: the run's own, which orbax may write only later.
     """
-    found = json.dumps({"files": _checksums(directory), "metadata": metadata})
-    with (directory / MANIFEST).open("w") as file:
-        file.write(found + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    seal(directory, _LATER, metadata=metadata)
 
 
 def damage(directory: Path) -> str | None:
@@ -40,37 +34,17 @@ def damage(directory: Path) -> str | None:
     if directory.is_dir() and not (directory / MANIFEST).exists():
         return None
     try:
-        written = json.loads((directory / MANIFEST).read_text())
-        files, metadata = written["files"], written["metadata"]
-        found = _checksums(directory)
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
+        written, now = read_manifest(directory), checksums(directory, _LATER)
+    except ValueError as e:
+        return str(e)
     except OSError as e:
         return f"{Path(e.filename or directory).name}: {e.strerror}"
-    for name in sorted(files.keys() | found.keys()):
-        if name not in found:
-            return f"{name} is missing"
-        if name not in files:
-            return f"{name} does not belong to it"
-        if files[name] != found[name]:
-            size = f"{found[name][0]:,} bytes, not {files[name][0]:,}"
-            return f"{name} has {size if files[name][0] != found[name][0] else 'other bytes'}"
-    return None if metadata == _metadata(directory) else f"{_STEP} has other values"
-
-
-def _checksums(directory: Path) -> dict[str, list[int]]:
-    """Return the size and CRC-32 of every file, by its path in the directory."""
-    paths = sorted(p for p in directory.rglob("*") if p.is_file())
-    names = [(p, p.relative_to(directory).as_posix()) for p in paths]
-    return {name: _checksum(path) for path, name in names if name not in _LATER}
-
-
-def _checksum(path: Path) -> list[int]:
-    size = crc = 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return [size, crc]
+    if problem := difference(written["files"], now):
+        return problem
+    if added := sorted(now.keys() - written["files"].keys()):
+        return f"{added[0]} does not belong to it"
+    matches = written.get("metadata") == _metadata(directory)
+    return None if matches else f"{_STEP} has other values"
 
 
 def _metadata(directory: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,7 +12,15 @@ from typing import Any
 
 import jax
 
-from jaxdistill._disk import LOCK, DirectoryLock, is_full, reason_of, retried
+from jaxdistill._disk import (
+    LOCK,
+    DirectoryLock,
+    append,
+    is_full,
+    reason_of,
+    retried,
+    write_whole,
+)
 from jaxdistill._orbax import check_array_path
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import is_primary, on_primary
@@ -25,22 +32,7 @@ _PACKAGES = ("jaxdistill", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
-
-
-def append(path: Path, text: str) -> None:
-    """Append to a file, or leave it as it was where the text cannot be written whole."""
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        try:
-            rest = memoryview(text.encode())
-            while rest:
-                rest = rest[file.write(rest) :]
-        except OSError:
-            file.truncate(end)
-            raise
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -139,10 +131,8 @@ class RunDirectory(contextlib.AbstractContextManager):
     def _rewind(self, step: int) -> None:
         for log in {"metrics.jsonl", *(path.name for path in self.path.glob("*.jsonl"))}:
             kept = [row for row in read_metrics(self.path, log) if row["step"] <= step]
-            part = self.path / f"{log}.part"
             try:
-                part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-                os.replace(part, self.path / log)
+                write_whole(self.path / log, "".join(json.dumps(row) + "\n" for row in kept))
             except OSError as e:
                 raise UserError(
                     f"{self.path / log} cannot be written ({reason_of(e)}); move it away"

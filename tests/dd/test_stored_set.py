@@ -72,7 +72,11 @@ def test_a_set_comes_back_as_it_was(folder):
         for name in one:
             assert one[name].dtype == other[name].dtype and one[name].shape == other[name].shape
             np.testing.assert_array_equal(one[name], other[name])
-    assert sorted(os.listdir(folder)) == ["synthetic.safetensors", "train.parquet"]
+    assert sorted(os.listdir(folder)) == [
+        "checksums.crc32",
+        "synthetic.safetensors",
+        "train.parquet",
+    ]
     assert os.listdir(folder.parent) == ["set"]  # nothing half written beside it
 
 
@@ -95,7 +99,11 @@ def test_texts_are_rows_that_training_reads(tmp_path):
     batch = Synthetic(learned={}, fixed={"labels": np.array([2, 0, 1, 1], np.int32)})
     s = stored(level="text", synthetic=batch, settings={})
     folder = save_set(tmp_path / "set", s)
-    assert sorted(os.listdir(folder)) == ["synthetic.safetensors", "train.jsonl"]
+    assert sorted(os.listdir(folder)) == [
+        "checksums.crc32",
+        "synthetic.safetensors",
+        "train.jsonl",
+    ]
     for rows in (
         load_rows(str(folder)),
         read_with_datasets(folder / "train.jsonl", "json", tmp_path),
@@ -149,6 +157,9 @@ def test_a_write_that_fails_leaves_the_old_set(folder, monkeypatch, at):
 def test_a_file_cut_off_is_named(folder, share):
     path = folder / "synthetic.safetensors"
     path.write_bytes(path.read_bytes()[:share])
+    with pytest.raises(UserError, match=r"is damaged \(synthetic\.safetensors has .* bytes, not "):
+        load_set(folder)
+    (folder / "checksums.crc32").unlink()
     with pytest.raises(UserError, match=r"synthetic\.safetensors is cut off"):
         load_set(folder)
 
@@ -157,6 +168,7 @@ def test_other_damage_is_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"holds no synthetic\.safetensors"):
         load_set(tmp_path)
     path = folder / "synthetic.safetensors"
+    (folder / "checksums.crc32").unlink()
     arrays = load_file(path)
     head = path.read_bytes()
     text = json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])["__metadata__"]
@@ -207,3 +219,12 @@ def test_sets_that_do_not_fit_together_are_refused(make, message):
     with pytest.raises(UserError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["synthetic.safetensors", "train.parquet"])
+def test_a_flipped_bit_is_named(name, folder):
+    data = bytearray((folder / name).read_bytes())
+    data[-3] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"is damaged \({name} has other bytes\)"):
+        load_set(folder)

@@ -333,3 +333,29 @@ def test_a_models_fingerprint_tells_models_apart(problem):
         model_fingerprint(CONFIG, jax.tree.map(lambda x: x.astype(jnp.bfloat16), teacher)),
     ]
     assert len({first, *others}) == 5
+
+
+@pytest.mark.parametrize("name", ["00001.indices.npy", "cache.json", "checksums.jsonl"])
+def test_a_flipped_bit_is_named_and_made_again(name, problem, tmp_path):
+    cache = written(tmp_path / "c", problem)
+    file = cache.path / name
+    good = file.read_bytes()
+    file.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+    with pytest.raises(UserError, match="is damaged"):
+        open_cache(cache.path, PRINTS)
+    if name.endswith("npy"):
+        written(cache.path, problem, resume=True)
+        assert file.read_bytes() == good
+    file.write_bytes(good)
+    (cache.path / "checksums.jsonl").unlink()
+    assert len(open_cache(cache.path, PRINTS)) == ROWS
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_predictions_that_are_not_finite_are_never_cached(value, problem, tmp_path):
+    rows, teacher, other = problem
+    sick = {"h": teacher["h"].at[int(rows.tokens[5, 3])].set(value), "e": teacher["e"]}
+    with pytest.raises(UserError, match="in rows . to . are not finite"):
+        written(tmp_path / "c", (rows, sick, other))
+    for shard in tmp_path.rglob("*.npy"):
+        assert np.isfinite(np.load(shard)).all()

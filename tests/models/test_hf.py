@@ -233,6 +233,7 @@ def test_what_is_written_is_what_is_read(name, tmp_path):
     assert_same(params2, params)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
     assert sorted(p.name for p in (tmp_path / "deep" / "out").iterdir()) == [
+        "checksums.crc32",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -274,6 +275,8 @@ def test_large_models_are_sharded_with_an_index(tmp_path):
     assert_same(back, params)
 
     (tmp_path / "out" / files[1]).unlink()
+    refused(lambda: load_hf(tmp_path / "out"), f"out is damaged ({files[1]} is missing)")
+    (tmp_path / "out" / "checksums.crc32").unlink()
     refused(lambda: load_hf(tmp_path / "out"), f"lacks the shard {files[1]} that model.safetensors")
     shutil.copy(tmp_path / "out" / files[0], tmp_path / "out" / files[1])
     refused(
@@ -305,7 +308,7 @@ def test_a_former_model_directory_is_replaced_whole(tmp_path):
     save_hf(tmp_path / "out", config, params, tiny_tokenizer(), max_shard_bytes=30_000)
     config, params = load_hf(GOLDEN / "qwen2_tied")
     save_hf(tmp_path / "out", config, params)
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").iterdir())) == 4
     assert_same(load_hf(tmp_path / "out")[1], params)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -193,7 +193,7 @@ def add_file(step):
 
 
 def cut_manifest(step):
-    (step / "manifest.json").write_text('{"files": ')
+    (step / "checksums.crc32").write_text('{"files": ')
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def cut_manifest(step):
         (remove_state, " is missing"),
         (flip_array, " has other bytes"),
         (add_file, "state/more does not belong to it"),
-        (cut_manifest, "manifest.json cannot be read"),
+        (cut_manifest, "checksums.crc32 cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(saved, tmp_path, spoil, reason):
@@ -238,7 +238,7 @@ def test_where_all_are_damaged_it_says_so_and_leaves_them(saved, tmp_path):
 
 def test_one_without_a_manifest_is_taken_as_it_is(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "c")
-    (tmp_path / "c" / "3" / "manifest.json").unlink()
+    (tmp_path / "c" / "3" / "checksums.crc32").unlink()
     assert recover(tmp_path / "c") == 3
 
 
@@ -246,8 +246,8 @@ class Disk:
     """Makes the writing of manifests, in orbax's background thread, fail as a disk would."""
 
     def __init__(self, monkeypatch, *numbers):
-        self.left, self.really = list(numbers), manifest.seal
-        monkeypatch.setattr(checkpoint, "seal", self.seal)
+        self.left, self.really = list(numbers), manifest.seal_checkpoint
+        monkeypatch.setattr(checkpoint, "seal_checkpoint", self.seal)
         monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
 
     def seal(self, directory, metadata):
