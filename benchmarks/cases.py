@@ -9,7 +9,7 @@ from benchmarks.harness import Case
 from benchmarks.smollm2 import SMOLLM2
 from benchmarks.training.shapes import SHAPES
 from jaxdistill.evals.cost import forward_flops, training_flops
-from jaxdistill.kd.freeze import OV_PATTERN
+from jaxdistill.paths import OV_PATTERN
 
 _GENERATION = "benchmarks.generation"
 _OURS, _TORCH = "benchmarks.training.ours:step", "benchmarks.training.pytorch:step"

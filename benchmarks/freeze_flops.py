@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from smollm2 import SMOLLM2, abstract_params
 
-from jaxdistill.kd.freeze import freeze, freeze_patterns
+from jaxdistill.kd.freeze import freeze
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.models.decoder import make_apply
@@ -30,7 +30,7 @@ def count(word: str) -> tuple[float, int]:
     c, policy = SMOLLM2, default_policy(QuantSpec(), tied=True)
     student = make_apply(c, transform=fake_quant_params(policy), unroll=c.num_layers)
     objective = kd_objective(student, make_apply(c, unroll=c.num_layers), chunk=ROWS * SEQ)
-    tx = freeze(adamw(1e-4, 100), freeze_patterns(word))
+    tx = freeze(adamw(1e-4, 100), word)
     teacher_params, student_params = abstract_params()
     state = jax.eval_shape(lambda p: init_state(p, tx), student_params)
     batch = {

@@ -30,7 +30,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.evals.cascade_model import CascadeModel
 from jaxdistill.evals.perplexity import make_evaluator
 from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
-from jaxdistill.kd.freeze import OV_PATTERN, freeze, ov_freeze
+from jaxdistill.kd.freeze import freeze, ov_freeze
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.rollout import make_rollout
 from jaxdistill.kd.schedule import schedule_of
@@ -41,6 +41,7 @@ from jaxdistill.models.decoder import make_apply
 from jaxdistill.models.generate import Sampling, generate
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.models.lora import LORA_FREEZE, add_lora, merge_lora
+from jaxdistill.paths import OV_PATTERN
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import (
     Policy,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxdistill.quant.policy import walk
+from jaxdistill.paths import walk
 from tests import tiny
 
 README = Path(__file__).resolve().parents[1] / "README.md"

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdistill.cli import main
 from jaxdistill.models.hub import load_model
-from jaxdistill.quant.policy import walk
+from jaxdistill.paths import walk
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.manifest import damage
 from jaxdistill.train.run_directory import read_metrics

@@ -15,13 +15,7 @@ from jaxtyping import Array
 from jaxdistill.dd.checkpointing import checkpointed_scan, levels_for, tree_bytes
 from jaxdistill.dd.mixed_mode import LossFn, gradient
 from jaxdistill.errors import UserError
-from jaxdistill.kd.freeze import (
-    FreezeTransformation,
-    combine,
-    freeze,
-    partition,
-    zeros_for_frozen,
-)
+from jaxdistill.kd.freeze import combine, frozen_parts, partition, still
 
 # (params, batch, rates [K], key) -> trained params
 Train = Callable[[Any, Any, Any, Any], Any]
@@ -74,14 +68,14 @@ def make_unroll(
 ) -> Train:
     """Build ``train(params, batch, rates, key) -> params``, differentiable in reverse mode.
 
-    Step k is ``params += rates[k] * tx.update(dL/dparams(params, batch_k))``. What ``tx`` freezes
-    (``kd.freeze``; leaves of float16 or integers, such as fixed scales, always) stays as it is and
-    has no optimizer state; its gradients are not computed. The result has derivatives by params
+    Step k is ``params += rates[k] * tx.update(dL/dparams(params, batch_k))``. What a ``kd.freeze``
+    anywhere in ``tx`` froze, and data such as fixed scales, stays as it is and has no optimizer
+    state; its gradients are not computed. The result has derivatives by params
     (within the window), by the float leaves of the batch and by the rates.
 
     Args:
         loss: ``(params, batch) -> scalar``; see ``mixed_mode.gradient`` for what it may hold.
-        tx: an optax transformation of rate one, see ``dd.inner``, or ``kd.freeze.freeze`` of one.
+        tx: an optax transformation of rate one, see ``dd.inner``, or a ``kd.freeze.freeze`` of one.
         how: steps, window, memory.
         inner_batch: rows of a step, drawn anew in every epoch; None for the whole set.
 
@@ -94,10 +88,8 @@ def make_unroll(
     """
     if inner_batch is not None and inner_batch < 1:
         raise UserError(f"an inner batch of {inner_batch} given; accepted: 1 or more, or None")
-    tx = tx if isinstance(tx, FreezeTransformation) else freeze(tx)
-    mask_of = tx.freeze_mask
     of_moving = gradient(
-        lambda moving, data: loss(combine(moving, data["still"]), data["batch"]),
+        lambda moving, data: loss(combine(moving, data["frozen"]), data["batch"]),
         mixed_mode=how.mixed_mode,
     )
     window = how.window or how.steps
@@ -109,11 +101,11 @@ def make_unroll(
             size = next(iter(_examples(batch).values())).shape[0]
             rows = _orders(order_key, size, min(inner_batch, size), how.steps)
 
-        mask = mask_of(params)
-        moving, still = partition(params, mask)
+        parts = frozen_parts(tx, params)
+        moving, frozen = partition(params, parts)
 
         def step(
-            state: tuple[Any, Any], k: Array, still: Any, batch: Any, rates: Array
+            state: tuple[Any, Any], k: Array, frozen: Any, batch: Any, rates: Array
         ) -> tuple[Any, Any]:
             moving, opt_state = state
             picked = batch
@@ -121,15 +113,14 @@ def make_unroll(
                 arrays = _examples(batch)
                 own = {name: jnp.take(x, rows[k], axis=0) for name, x in arrays.items()}
                 picked = {**batch, **own}
-            found = of_moving(moving, {"still": still, "batch": picked})
-            params = combine(moving, still)
+            found = still(of_moving(moving, {"frozen": frozen, "batch": picked}), parts)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
-                updates, opt_state = tx.update(zeros_for_frozen(found, params), opt_state, params)
-            updates = partition(cast(Any, updates), mask)[0]
+                updates, opt_state = tx.update(found, opt_state, moving)
+            updates = still(cast(Any, updates), parts)
             scaled = jax.tree.map(lambda u: u * rates[k].astype(u.dtype), updates)
             return optax.apply_updates(moving, scaled), opt_state
 
-        state = (moving, tx.init(params))
+        state = (moving, tx.init(moving))
         levels = how.levels
         if how.memory_budget is not None:
             levels = levels_for(window, tree_bytes(state), how.memory_budget)
@@ -137,16 +128,16 @@ def make_unroll(
         if window < how.steps:
             if how.placement == "random":
                 start = jax.random.randint(window_key, (), 0, start + 1, jnp.int32)
-            fixed = lax.stop_gradient((still, batch, rates))
+            fixed = lax.stop_gradient((frozen, batch, rates))
             state = lax.fori_loop(
                 0, start, lambda k, s: step(s, k, *fixed), lax.stop_gradient(state)
             )
             state = lax.stop_gradient(state)
         ks = jnp.arange(window, dtype=jnp.int32) + start
         moving = checkpointed_scan(
-            lambda s, k: step(s, k, still, batch, rates), state, ks, levels=levels
+            lambda s, k: step(s, k, frozen, batch, rates), state, ks, levels=levels
         )[0]
-        return combine(moving, still)
+        return combine(moving, frozen)
 
     return train
 

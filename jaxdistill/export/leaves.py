@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -12,24 +11,16 @@ from jaxtyping import Float16, Float32, UInt8, UInt32
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.hf_layout import HFTensor, hf_layout
+from jaxdistill.paths import walk
 
 Leaves = dict[str, np.ndarray]
 FloatType = Literal["float32", "float16"]
 _BITS = {"int4": 4, "int8": 8, "uint4": 4, "uint8": 8}
 
 
-def flat_leaves(node: Mapping[str, Any], at: str = "") -> Leaves:
+def flat_leaves(node: Any, at: str = "") -> Leaves:
     """Return every leaf by its path, as numpy arrays on the host."""
-    return dict(_walk(node, at))
-
-
-def _walk(node: Mapping[str, Any], at: str) -> Iterator[tuple[str, np.ndarray]]:
-    for key, value in node.items():
-        path = f"{at}/{key}" if at else str(key)
-        if isinstance(value, Mapping):
-            yield from _walk(value, path)
-        else:
-            yield path, np.asarray(value)
+    return {f"{at}/{path}" if at else path: np.asarray(leaf) for path, leaf in walk(node)}
 
 
 def take(leaves: Leaves, path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -44,7 +35,7 @@ def take(leaves: Leaves, path: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def take_float(leaves: Leaves, path: str, shape: tuple[int, ...]) -> np.ndarray:
     """Take a leaf of float values out; a node in its training form is refused."""
-    if f"{path}_scale" in leaves or f"{path}_min" in leaves:
+    if any(f"{path}_{part}" in leaves for part in ("scale", "step", "min")):
         raise UserError(
             f"parameter {path!r} is in its training form (a float kernel beside its scale); freeze "
             "it to its lattice first"

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float
 from jaxdistill.kd.objective import Batch, kd_objective
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Activation, Output, Params, Transform, make_apply
-from jaxdistill.quant.policy import dequantize_params, walk
+from jaxdistill.paths import walk
+from jaxdistill.quant.policy import dequantize_params
 
 # The columns of every [L, 7] array, in the order in which a layer uses them.
 PARTS = {

@@ -11,10 +11,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxdistill.kd.freeze import combine, freeze_mask, partition, zeros_for_frozen
+from jaxdistill.errors import UserError
+from jaxdistill.kd.freeze import (
+    Optimizer,
+    combine,
+    frozen_parts,
+    hide,
+    init_optimizer,
+    partition,
+    still,
+    with_extra_args,
+)
 from jaxdistill.kd.objective import Batch, Metrics, Objective
 from jaxdistill.kd.schedule import Schedule
-from jaxdistill.models.decoder import Params
+from jaxdistill.paths import Params, path_of
 
 
 @flax.struct.dataclass
@@ -27,15 +37,13 @@ class TrainState:
     schedule: Any = ()
 
 
-def init_state(
-    params: Params, tx: optax.GradientTransformation, schedule: Schedule | None = None
-) -> TrainState:
+def init_state(params: Params, tx: Optimizer, schedule: Schedule | None = None) -> TrainState:
     """Return the state before the first step; it owns copies, for the step donates its state."""
     params = jax.tree.map(jnp.array, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=tx.init(params),
+        opt_state=init_optimizer(tx, params),
         schedule=schedule.init() if schedule else (),
     )
 
@@ -64,7 +72,7 @@ def adamw(
 
     def decayed(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
-            lambda keys, _: getattr(keys[-1], "key", None) in ("kernel", "embedding"), params
+            lambda keys, _: path_of(keys).rsplit("/", 1)[-1] in ("kernel", "embedding"), params
         )
 
     return optax.chain(
@@ -92,7 +100,7 @@ def _moved_on(schedule: Schedule | None, state: TrainState, loss: tuple[Array, A
 
 def make_step(
     objective: Objective,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     *,
     accumulate: int = 1,
     rollout: Callable[[Params, Batch, Array], Batch] | None = None,
@@ -100,9 +108,13 @@ def make_step(
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Build the jitted step.
 
-    Gradients are taken of the trainable part of the params alone (``tx.freeze_mask``, where ``tx``
-    comes from ``kd.freeze``), so a frozen kernel's weight gradient is never computed and the kernel
-    itself passes through untouched. The state is donated: use the returned one.
+    Gradients are taken of the trainable part of the params only: data (fixed scales, stored
+    integers) and what a ``kd.freeze`` froze, wherever in ``tx`` it is (``optax.chain``,
+    ``optax.MultiSteps``, ...), pass through untouched and their gradients are never computed. The
+    optimizer does not see them. The state is donated: use the returned one.
+
+    The optimizer gets ``value``, ``grad`` and ``value_fn`` (the mean loss of this batch), which
+    ``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd`` and line searches ask for.
 
     Args:
         objective: see ``kd.objective``.
@@ -114,45 +126,47 @@ def make_step(
             of the data's before the loss is taken (``kd.rollout``); no gradient passes through it.
         schedule: hands the objective its ``knobs`` (``kd.schedule``); ``init_state`` needs it too.
     """
-    mask_of = getattr(tx, "freeze_mask", freeze_mask)
-
-    def sums_and_gradient(trainable, frozen, teacher_params, batch, knobs):
-        def loss(trainable):
-            total, count, metrics = objective(
-                combine(trainable, frozen), teacher_params, batch, *knobs
-            )
-            return total, (count, metrics)
-
-        (_, (count, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
-        return gradient, count, metrics
+    tx = with_extra_args(tx)
 
     def step(state: TrainState, teacher_params: Any, batch: Batch):
-        trainable, frozen = partition(state.params, mask_of(state.params))
+        parts = frozen_parts(tx, state.params)
+        _check_state(tx, state, parts)
+        trainable, frozen = partition(state.params, parts)
         knobs = (schedule.knobs(state.schedule, state.step),) if schedule else ()
         if rollout:
             batch = rollout(jax.lax.stop_gradient(state.params), batch, state.step)
 
-        def micro(part: Batch):
-            return sums_and_gradient(trainable, frozen, teacher_params, part, knobs)
+        def loss(trainable: Params, part: Batch):
+            params = combine(trainable, frozen)
+            total, count, metrics = objective(params, teacher_params, part, *knobs)
+            return total, (count, metrics)
 
-        if accumulate == 1:
-            gradient, count, metrics = micro(batch)
-        else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-            zeros = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype),
-                jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts)),
+        def gradient_and_sums(trainable: Params, part: Batch):
+            (total, (count, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(
+                trainable, part
             )
-            gradient, count, metrics = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, micro(part)), None), zeros, parts
-            )[0]
-        gradient = jax.tree.map(lambda g: g / _or_one(count), gradient)
+            return gradient, total, count, metrics
+
+        def total_and_count(trainable: Params, part: Batch):
+            total, (count, _) = loss(trainable, part)
+            return total, count
+
+        def mean_loss(trainable: Any):
+            total, count = _summed(total_and_count, trainable, batch, accumulate)
+            return total / _or_one(count)
+
+        gradient, total, count, metrics = _summed(gradient_and_sums, trainable, batch, accumulate)
+        gradient = still(jax.tree.map(lambda g: g / _or_one(count), gradient), parts)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by counts
             updates, opt_state = tx.update(
-                zeros_for_frozen(gradient, state.params), state.opt_state, state.params
+                gradient,
+                state.opt_state,
+                trainable,
+                value=total / _or_one(count),
+                grad=gradient,
+                value_fn=mean_loss,
             )
-        updates = partition(cast(Params, updates), mask_of(state.params))[0]
-        moved = cast(Params, optax.apply_updates(trainable, updates))
+            moved = cast(Params, optax.apply_updates(trainable, still(updates, parts)))
         ones = jnp.ones(())
         metrics = metrics | {"grad_norm": (optax.tree.norm(gradient), ones)}
         metrics |= {knob: (value, ones) for knob, value in (knobs[0] if knobs else {}).items()}
@@ -165,3 +179,27 @@ def make_step(
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _summed(fn: Callable[..., Any], trainable: Params, batch: Batch, accumulate: int) -> Any:
+    """Return the sum of ``fn(trainable, part)`` over the micro-batches."""
+    if accumulate == 1:
+        return fn(trainable, batch)
+    parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, trainable, first)
+    )
+    return jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, fn(trainable, part)), None), zeros, parts
+    )[0]
+
+
+def _check_state(tx: Optimizer, state: TrainState, parts: Any) -> None:
+    """Raise ``UserError`` unless the optimizer's state is of this optimizer and its freeze."""
+    wanted = jax.eval_shape(tx.init, hide(state.params, parts))
+    if jax.tree.structure(wanted) != jax.tree.structure(state.opt_state):
+        raise UserError(
+            "a state of another optimizer or freeze given; accepted: what init_state(params, tx) "
+            "returns for this tx, or kd.freeze.migrate makes of another freeze's"
+        )

@@ -21,6 +21,7 @@ from jaxdistill.mesh import fetch
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.sharding import make_sharded, place
+from jaxdistill.paths import path_of, walk
 
 _LEAVES = ("kernel", "bias", "weight", "embedding")
 
@@ -118,8 +119,7 @@ def cut_width(
 
 
 def _check_float(params: Params) -> None:
-    for keys, _ in jax.tree_util.tree_leaves_with_path(params):
-        path = "/".join(str(k.key) for k in keys)
+    for path, _ in walk(params):
         if path.rsplit("/", 1)[-1] not in _LEAVES or path.startswith("projections/"):
             raise UserError(
                 f"a cut in width of params with {path} given; accepted: float weights alone; "
@@ -238,7 +238,7 @@ def _cut_hidden(config: ModelConfig, params: Params, number: int):
     ratio = config.hidden_size / number
 
     def cut(keys: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
-        names = [str(k.key) for k in keys]
+        names = path_of(keys).split("/")
         if names[-1] == "weight":
             inside = names[-2] in ("q_norm", "k_norm")
             return leaf if inside else np.take(leaf, index, axis=-1) * ratio**0.5

@@ -39,6 +39,7 @@ from jaxdistill.models.json_text import read_object
 from jaxdistill.models.safetensors import FLOAT_TAGS, SafetensorsFile
 from jaxdistill.models.sharding import Layout, make_leaf
 from jaxdistill.models.tokenizer import Tokenizer
+from jaxdistill.paths import walk
 
 _log = logging.getLogger(__name__)
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -339,10 +340,7 @@ def _leaves(
     config: ModelConfig, params: Params, layout: list[HFTensor]
 ) -> dict[tuple[str, ...], Any]:
     """Return the leaves by path; raise ``UserError`` unless they are just those of the config."""
-    found = {
-        tuple(str(key.key) for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    found = {tuple(path.split("/")): leaf for path, leaf in walk(params)}
     wanted = {
         t.path: ((config.num_layers,) if t.layer is not None else ()) + t.stored_shape
         for t in layout

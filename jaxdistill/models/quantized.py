@@ -32,10 +32,11 @@ from jaxdistill.models.decoder import Params
 from jaxdistill.models.hf_directory import replace_directory
 from jaxdistill.models.hf_layout import hf_layout
 from jaxdistill.models.json_text import read_object
-from jaxdistill.models.sharding import Layout, path_of, sharding_of
+from jaxdistill.models.sharding import Layout, sharding_of
 from jaxdistill.models.tokenizer import Tokenizer, load_tokenizer
+from jaxdistill.paths import path_of, walk
 from jaxdistill.quant.activations import ActivationSpec
-from jaxdistill.quant.policy import ActivationRules, Policy, walk
+from jaxdistill.quant.policy import ActivationRules, Policy
 
 _MARK = "quantization.json"
 _PART = re.compile(r"_(q|scale|zero)$")
@@ -193,7 +194,7 @@ def _check_shapes(path: Path, found: Any, config: ModelConfig) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda m: hasattr(m, "shape"))
     whole, size = set(), 0
     for keys, leaf in leaves:
-        *parents, name = (str(getattr(key, "key", key)) for key in keys)
+        *parents, name = path_of(keys).split("/")
         base = _PART.sub("", name)
         full, shape = wanted.get((*parents, base), ()), tuple(leaf.shape)
         beside = base != name and not name.endswith("_q")  # a scale or zero point: one a group

@@ -15,13 +15,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill.mesh import FSDP, TENSOR, VOCABULARY, present_mesh
+from jaxdistill.paths import path_of
 
 Axes = tuple[str | None, ...]
 Layout = Literal["sharded", "tensor", "replicated"]
 
 # Logical axes from the last one back: of a weight [..., in, out], and of a table [V, D]. What
 # stands beside a weight has its axes too: grids [..., groups, out], stored integers.
-_BESIDE = r"(_q|_scale|_zero|_min|_max)?$"
+_BESIDE = r"(_q|_scale|_zero|_step|_min|_max)?$"
 _TABLE: tuple[tuple[str, Axes], ...] = (
     (rf"embed_tokens/embedding{_BESIDE}", ("vocabulary", None)),
     (rf"lm_head/kernel{_BESIDE}", (None, "vocabulary")),
@@ -70,12 +71,6 @@ def sharding_of(
                 kept.append(axis)
         entries.append(tuple(kept) or None)
     return NamedSharding(mesh, PartitionSpec(*entries))
-
-
-def path_of(keys: tuple[Any, ...]) -> str:
-    """Return a leaf's place in a tree as one path: ``layers/mlp/up_proj/kernel``."""
-    parts = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in keys)
-    return "/".join(map(str, parts))
 
 
 def shardings(tree: Any, mesh: Mesh, layout: Layout = "sharded") -> Any:

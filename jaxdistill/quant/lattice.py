@@ -5,8 +5,8 @@ A kernel ``[..., in, out]`` is quantized along ``in`` (axis -2), an embedding ta
 forward included, so that one lattice serves training and every export.
 
 A **grid** is the tuple of arrays that place the lattice of one weight, each ``[..., groups, out]``
-for axis -2: ``(scale,)`` where it is symmetric, ``(scale, zero)`` where it is not, and
-``(low, high)`` where an asymmetric range is learned. Float16 grids are fixed, float32 ones trained.
+for axis -2: ``(scale,)`` where it is symmetric, ``(scale, zero)`` where it is not, in float16. A
+learned range is trained in float32: ``(step,)``, LSQ's name for its scale, or ``(low, high)``.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class QuantSpec:
     @property
     def grid_leaves(self) -> tuple[str, ...]:
         """Return the names of a training grid's parts, as they stand behind a leaf's name."""
-        if self.symmetric:
-            return ("scale",)
-        return ("min", "max") if self.learned else ("scale", "zero")
+        if self.learned:
+            return ("step",) if self.symmetric else ("min", "max")
+        return ("scale",) if self.symmetric else ("scale", "zero")
 
     def groups(self, size: int, name: str = "weight") -> int:
         """Return how many groups an axis of ``size`` has; ``UserError`` if it does not divide."""
@@ -122,14 +122,17 @@ def fixed_grid(grid: Grid, spec: QuantSpec) -> Grid:
     A learned scale that fell to zero or below is the least float16; a learned range always holds
     zero, so the zero point is one of the integers.
     """
-    if not spec.symmetric and grid[0].dtype == jnp.float32:
-        low, high = jnp.minimum(grid[0], 0.0), jnp.maximum(grid[1], 0.0)
-        scale = to_float16((high - low) / spec.qmax)
-        zero = jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), 0, spec.qmax)
-        return scale, zero.astype(jnp.float16)
-    if grid[0].dtype == jnp.float32:
-        return (to_float16(grid[0]),)
-    return grid
+    if not spec.learned:
+        return grid
+    return (to_float16(grid[0]),) if spec.symmetric else range_grid(grid[0], grid[1], spec)
+
+
+def range_grid(low: Float[Array, "..."], high: Float[Array, "..."], spec: QuantSpec) -> Grid:
+    """Return the float16 ``(scale, zero)`` of the asymmetric range from ``low`` to ``high``."""
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    scale = to_float16((high - low) / spec.qmax)
+    zero = jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), 0, spec.qmax)
+    return scale, zero.astype(jnp.float16)
 
 
 def round_to_lattice(

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.paths import node_at, walk
 from jaxdistill.quant.lattice import Grid, QuantSpec, fixed_grid, spread
-from jaxdistill.quant.policy import AXES, Params, Policy, grid_of, walk
+from jaxdistill.quant.policy import AXES, Params, Policy, grid_of
 
 
 def weight_bytes(params: Params, policy: Policy | None = None) -> int:
@@ -48,7 +49,7 @@ def clipped_share(params: Params, policy: Policy) -> dict[str, Float[Array, "...
         spec, stem = policy.spec(path), path.rsplit("/", 1)[-1]
         if spec is None:
             continue
-        grid = tuple(grid_of(_node(params, path), stem).values())
+        grid = tuple(grid_of(node_at(params, path.rpartition("/")[0]), stem).values())
         if grid:
             found[path] = _beyond(leaf, grid, spec, AXES[stem])
     return found
@@ -82,9 +83,3 @@ def flip_rate(before: Params, after: Params) -> dict[str, Float[Array, "..."]]:
 @jax.jit
 def _differing(a: Array, b: Array) -> Array:
     return jnp.mean(a != b, axis=(-2, -1))
-
-
-def _node(params: Params, path: str) -> Params:
-    for name in path.split("/")[:-1]:
-        params = params[name]
-    return params

@@ -1,7 +1,8 @@
 """Which parameter gets which spec, by regular expression over its path, and a tree's transforms.
 
 Leaf names: a float weight is ``kernel`` or ``embedding``; the parts of its grid stand beside it as
-``kernel_scale``, ``kernel_zero`` or, learned and asymmetric, ``kernel_min`` and ``kernel_max``;
+``kernel_scale`` and ``kernel_zero`` or, where the range is learned, as ``kernel_step`` (symmetric)
+or ``kernel_min`` and ``kernel_max``;
 stored integers replace the weight as ``kernel_q``. Likewise ``embedding_...``.
 """
 
@@ -9,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxdistill.errors import UserError
+from jaxdistill.paths import Selection, along, intersection, path_of, select
 from jaxdistill.quant.activations import ActivationSpec, fake_quant_activation
 from jaxdistill.quant.fake_quant import fake_quant
 from jaxdistill.quant.held import hold
@@ -25,8 +27,8 @@ from jaxdistill.quant.ranges import choose_grid
 Params = dict[str, Any]
 ActivationRules = tuple[tuple[str, ActivationSpec | None], ...]
 AXES = {"kernel": -2, "embedding": -1}
-_GRIDS = (("min", "max"), ("scale", "zero"), ("scale",))
-_BESIDE = re.compile(r"_(q|scale|zero|min|max)$")
+_GRIDS = (("min", "max"), ("scale", "zero"), ("scale",), ("step",))
+_BESIDE = re.compile(r"_(q|scale|zero|step|min|max)$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,16 +69,6 @@ def default_policy(
     head = QuantSpec(bits=head_bits, group_size=head_group_size, ranges="absmax")
     vocabulary = r"^embed_tokens/embedding$" if tied else r"^lm_head/kernel$"
     return Policy(rules=((r"^layers/.*/kernel$", spec), (vocabulary, head)))
-
-
-def walk(params: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``(path, leaf)`` of every leaf of a nested dict, paths joined by ``/``."""
-    for name, child in params.items():
-        path = f"{prefix}{name}"
-        if isinstance(child, dict):
-            yield from walk(child, path + "/")
-        else:
-            yield path, child
 
 
 def _map_weights(params: Params, fn: Callable[[str, str, Params], Params], prefix="") -> Params:
@@ -212,25 +204,32 @@ def hold_params(params: Params, *, packed: bool) -> Params:
     return _map_weights(params, keep)
 
 
-def snap(params: Params, policy: Policy, pattern: str) -> Params:
-    """Move master weights onto their lattice values: those that ``pattern`` freezes for good.
+def snap(params: Params, policy: Policy, what: Selection) -> Params:
+    """Move master weights onto their lattice values: those that a freeze of ``what`` holds still.
 
-    A matched weight stays where it is while its learned grid is not matched too: it has no one
-    lattice value then.
+    A weight stays where it is while its learned grid is not frozen with it, because it has no one
+    lattice value then. Of stacked layers only those are moved that ``what`` names.
+
+    Args:
+        params: masters and grids.
+        policy: theirs.
+        what: as ``kd.freeze.freeze`` takes it: ``ov``, a pattern, a function, a mask.
+
+    Raises:
+        UserError: ``what`` matches nothing.
     """
-    matcher = re.compile(pattern)
+    parts = {path_of(keys): part for keys, part in select(params, what).items()}
 
     def move(path: str, stem: str, node: Params) -> Params:
         spec, grid = _quantized(policy, path, stem, node)
         if spec is None:
             return {stem: node[stem]}
-        leaves = grid_of(node, stem)
-        at_rest = all(
-            x.dtype == jnp.float16 or matcher.search(path.removesuffix(stem) + name)
-            for name, x in leaves.items()
-        )
-        moved = bool(matcher.search(path)) and at_rest
-        weight = fake_quant(node[stem], grid, spec, AXES[stem]) if moved else node[stem]
+        leaves, weight, part = grid_of(node, stem), node[stem], parts.get(path, False)
+        for name in leaves if spec.learned else ():
+            part = intersection(part, parts.get(path.removesuffix(stem) + name, False))
+        if part:
+            value = fake_quant(weight, grid, spec, AXES[stem])
+            weight = value if part is True else jnp.where(along(part, weight), value, weight)
         return {stem: weight} | leaves
 
     return _map_weights(params, move)

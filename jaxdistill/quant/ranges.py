@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxdistill.quant.lattice import Grid, QuantSpec, fixed_grid, split_groups, to_float16
+from jaxdistill.quant.lattice import Grid, QuantSpec, range_grid, split_groups, to_float16
 
 # Clips tried by the search, as shares of the whole range. The least is where a Gaussian channel of
 # many thousand weights at 2 bits would still clip; 1 + 1/qmax lets the asymmetric end (-8 at 4
@@ -25,7 +25,7 @@ def _shrinkable(ends: tuple[Array, Array], spec: QuantSpec) -> Callable[[Array |
     if spec.symmetric:
         widest = jnp.maximum(-low, high) / spec.qmax
         return lambda share: (to_float16(widest * share),)
-    return lambda share: fixed_grid((low * share, high * share), spec)
+    return lambda share: range_grid(low * share, high * share, spec)
 
 
 def _ends(groups: Array, spec: QuantSpec, axis: int) -> tuple[Array, Array]:

@@ -27,6 +27,7 @@ from jaxdistill.mesh import on_primary
 from jaxdistill.models.decoder import Params, Remat
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.models.json_text import read_object
+from jaxdistill.paths import walk
 from jaxdistill.quant.lattice import Ranges
 from jaxdistill.quant.measure import clipped_share, flip_rate
 from jaxdistill.quant.policy import (
@@ -35,7 +36,6 @@ from jaxdistill.quant.policy import (
     fake_quant_activations,
     fake_quant_params,
     quantize_params,
-    walk,
 )
 from jaxdistill.recipes.options import Quantize, policy_of
 from jaxdistill.recipes.parallel import Parallel, parallel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +11,8 @@ import tyro
 from jaxdistill.errors import UserError
 from jaxdistill.evals.cost import Use, cache_bytes, cascade_use, serving, stored_bytes, training
 from jaxdistill.evals.devices import device
-from jaxdistill.kd.freeze import freeze_patterns
 from jaxdistill.models.hub import load_config
+from jaxdistill.paths import patterns_of, whole_patterns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def cost(o: Cost) -> dict[str, Any]:
         UserError: an option is impossible, or a model or file cannot be read.
     """
     _check(o)
-    frozen = _frozen(o.freeze)
+    patterns = _patterns(o.freeze)
     target = device(o.device, o.devices)
     if o.price is not None:
         target = dataclasses.replace(target, price=o.price)
@@ -95,6 +94,7 @@ def cost(o: Cost) -> dict[str, Any]:
     small = serving(student, target, weights=held["student"], **how)
     large = serving(teacher, target, weights=held["teacher"], **how)
     nothing = Use(0.0, 0.0, 0.0, 0.0, 0.0)
+    frozen = "|".join(f"(?:{p})" for p in whole_patterns(patterns, student.num_layers)) or None
     shares = (o.coverage, max(0.0, 1 - o.coverage - o.person), o.person)
     both = cascade_use([small, large, nothing], shares)
     trained = training(
@@ -144,19 +144,11 @@ FORMULAS = {
 }
 
 
-def _frozen(freeze: str) -> str | None:
-    """Return the regex of what is frozen; raise ``UserError`` where it is none."""
+def _patterns(freeze: str) -> list[str]:
+    """Return the patterns that --freeze means."""
     if freeze == "auto":
         raise UserError("--freeze auto needs the weights; accepted here: ov, none, or a regex")
-    pattern = "|".join(f"(?:{p})" for p in freeze_patterns(freeze)) or None
-    try:
-        re.compile(pattern or "")
-    except re.error as e:
-        raise UserError(
-            f"--freeze {freeze} given, which is no regular expression ({e}); accepted: ov, none, "
-            "or a regex over parameter paths"
-        ) from None
-    return pattern
+    return patterns_of(freeze, "--freeze")
 
 
 def _check(o: Cost) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from rich.console import Console
 
 from jaxdistill.errors import UserError
@@ -23,10 +24,8 @@ from jaxdistill.evals.perplexity import make_evaluator, make_row_evaluator
 from jaxdistill.evals.slices import report_slices
 from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
 from jaxdistill.kd.freeze import (
-    FreezeTransformation,
     freeze,
     freeze_mask,
-    freeze_patterns,
     freeze_phases,
     migrate,
 )
@@ -42,6 +41,7 @@ from jaxdistill.models.decoder import Params
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.models.sharding import make_sharded
+from jaxdistill.paths import patterns_of
 from jaxdistill.quant.measure import weight_bytes
 from jaxdistill.quant.policy import Policy
 from jaxdistill.recipes.command import command_of
@@ -124,7 +124,7 @@ def _distill(
     patterns = _patterns(o, student, teachers, some, console)
     phases = freeze_phases(patterns, o.steps, o.freeze_start, o.freeze_stop) if o.steps else []
     fixed = list(student.frozen)
-    if all(jax.tree.leaves(freeze_mask(student.params, patterns + fixed))):
+    if all(x is True for x in jax.tree.leaves(freeze_mask(student.params, patterns + fixed))):
         raise UserError(
             f"--freeze {o.freeze} leaves nothing to train; give fewer patterns, or --learn-ranges"
         )
@@ -273,7 +273,7 @@ def _patterns(
 ) -> list[str]:
     """Return the patterns that the user's word for --freeze means."""
     if o.freeze != "auto":
-        return freeze_patterns(o.freeze)
+        return patterns_of(o.freeze, "--freeze")
     if not _is_its_teacher(o, student, teachers):
         raise UserError(
             "--freeze auto compares a quantized student with the float model it was made from; "
@@ -359,7 +359,7 @@ def judge_teacher(
 def enter_phase(
     state: TrainState | None,
     student: Trainee,
-    tx: FreezeTransformation,
+    tx: optax.GradientTransformation,
     patterns: list[str],
     schedule: Schedule | None,
 ) -> TrainState:

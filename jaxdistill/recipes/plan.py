@@ -20,7 +20,7 @@ import tyro
 from jaxdistill.errors import UserError
 from jaxdistill.evals.cost import matrix_params, training_flops
 from jaxdistill.evals.devices import device
-from jaxdistill.kd.freeze import freeze, freeze_patterns
+from jaxdistill.kd.freeze import freeze
 from jaxdistill.kd.schedule import schedule_of
 from jaxdistill.kd.states import init_projections
 from jaxdistill.kd.step import adamw, init_state, make_step
@@ -31,6 +31,7 @@ from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Remat, init_params
 from jaxdistill.models.hub import Model, load_config
 from jaxdistill.models.sharding import Layout, shardings
+from jaxdistill.paths import patterns_of, whole_patterns
 from jaxdistill.quant.policy import scale_shapes
 from jaxdistill.recipes.distill import objective_of
 from jaxdistill.recipes.options import Distill, Quantization, policy_of
@@ -110,7 +111,7 @@ def plan(o: Plan) -> dict[str, Any]:
     with on_mesh(mesh):
         found = _compiled(o, student, teacher, mesh)
     found["total"] = sum(found.values())
-    patterns = frozen_by(o)
+    patterns = whole_patterns(frozen_by(o), student.num_layers)
     flops = training_flops(
         student,
         o.seq_len,
@@ -144,7 +145,7 @@ def frozen_by(o: Plan) -> list[str]:
     """Return the patterns that --freeze means."""
     if o.freeze == "auto":
         raise UserError("--freeze auto given, which reads weights; accepted: ov, none or a regex")
-    return [] if o.bits == "none" and o.freeze == "ov" else freeze_patterns(o.freeze)
+    return [] if o.bits == "none" and o.freeze == "ov" else patterns_of(o.freeze, "--freeze")
 
 
 def _check(o: Plan, shape: MeshShape) -> None:

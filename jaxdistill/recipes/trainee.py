@@ -84,10 +84,7 @@ class Trainee:
 
     def snapped(self, params: Params, patterns: list[str]) -> Params:
         """Return params with what the patterns freeze moved onto its lattice."""
-        for pattern in patterns if self.policy else ():
-            assert self.policy is not None
-            params = snap(params, self.policy, pattern)
-        return params
+        return snap(params, self.policy, patterns) if self.policy else params
 
     def save(self, directory: Path, stored: Params, tokenizer: Any) -> None:
         """Write the stored form: integers and scales, or a float HF directory."""

@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from jaxdistill.kd.freeze import OV_PATTERN
 from jaxdistill.kd.recommend import recommend_freeze
 from jaxdistill.kd.signal import path_of
 from jaxdistill.kd.signal_sums import PROJECTIONS
+from jaxdistill.paths import OV_PATTERN
 
 WEIGHTS = np.asarray([331776, 110592, 110592, 331776, 884736, 884736, 884736], float)  # SmolLM2
 LAYERS = 30

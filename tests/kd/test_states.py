@@ -18,8 +18,9 @@ from jaxdistill.kd.states import (
 )
 from jaxdistill.losses.loss import parse_loss
 from jaxdistill.models.decoder import make_apply
+from jaxdistill.paths import walk
 from jaxdistill.quant.lattice import QuantSpec
-from jaxdistill.quant.policy import add_scales, default_policy, fake_quant_params, walk
+from jaxdistill.quant.policy import add_scales, default_policy, fake_quant_params
 from tests import tiny
 
 B, T, H = 2, 5, 4

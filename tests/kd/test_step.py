@@ -10,8 +10,9 @@ from jaxdistill.kd.freeze import freeze, ov_freeze
 from jaxdistill.kd.objective import kd_objective
 from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.models.decoder import make_apply
+from jaxdistill.paths import walk
 from jaxdistill.quant.lattice import QuantSpec
-from jaxdistill.quant.policy import add_scales, default_policy, fake_quant_params, walk
+from jaxdistill.quant.policy import add_scales, default_policy, fake_quant_params
 from tests import tiny
 
 C = tiny.config()

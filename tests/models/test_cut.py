@@ -14,8 +14,9 @@ from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.cut import cut_layers, cut_width
 from jaxdistill.models.decoder import make_apply, places_of, run_layer
 from jaxdistill.models.hf import load_hf
+from jaxdistill.paths import walk
 from jaxdistill.quant.lattice import QuantSpec
-from jaxdistill.quant.policy import add_scales, default_policy, walk
+from jaxdistill.quant.policy import add_scales, default_policy
 from tests import tiny
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -13,14 +13,9 @@ from jaxdistill.models.hub import load_model
 from jaxdistill.models.quantized import load_quantized, save_quantized
 from jaxdistill.models.safetensors import SafetensorsFile
 from jaxdistill.models.sharding import make_sharded, place, shardings
+from jaxdistill.paths import walk
 from jaxdistill.quant.lattice import QuantSpec
-from jaxdistill.quant.policy import (
-    add_scales,
-    default_policy,
-    quantize_params,
-    scale_shapes,
-    walk,
-)
+from jaxdistill.quant.policy import add_scales, default_policy, quantize_params, scale_shapes
 from tests import tiny
 
 BOTH = ("fsdp", "tensor")

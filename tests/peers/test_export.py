@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxdistill.export.gguf import write_gguf
-from jaxdistill.kd.freeze import OV_PATTERN
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.models.hf import save_hf
 from jaxdistill.models.hub import load_model
+from jaxdistill.paths import OV_PATTERN
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import (
     add_scales,

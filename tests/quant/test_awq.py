@@ -7,9 +7,9 @@ import pytest
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.decoder import make_apply
+from jaxdistill.paths import walk
 from jaxdistill.quant.awq import channel_scales, fold_scales
 from jaxdistill.quant.lattice import QuantSpec
-from jaxdistill.quant.policy import walk
 from jaxdistill.recipes.calibrate import decoder_folds
 from tests import tiny
 

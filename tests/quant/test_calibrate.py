@@ -8,6 +8,7 @@ import pytest
 from jaxdistill.errors import UserError
 from jaxdistill.models.decoder import make_apply, places_of, run_layer
 from jaxdistill.models.hub import Model
+from jaxdistill.paths import walk
 from jaxdistill.quant import calibrate as calibrate_module
 from jaxdistill.quant.calibrate import calibrate
 from jaxdistill.quant.gptq import gptq
@@ -19,7 +20,6 @@ from jaxdistill.quant.policy import (
     dequantize_params,
     fake_quant_params,
     quantize_params,
-    walk,
 )
 from jaxdistill.recipes.calibrate import calibrated
 from tests import tiny

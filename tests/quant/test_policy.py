@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.kd.freeze import OV_PATTERN
 from jaxdistill.models.decoder import make_apply
+from jaxdistill.paths import OV_PATTERN, walk
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.measure import weight_bytes
 from jaxdistill.quant.policy import (
@@ -18,7 +18,6 @@ from jaxdistill.quant.policy import (
     fake_quant_params,
     quantize_params,
     snap,
-    walk,
 )
 from tests import tiny
 

@@ -84,7 +84,7 @@ def test_a_model_that_does_not_fit(models, tmp_path):
         ({"requests": -1.0}, "--requests -1.0 given"),
         ({"student_bits": 0}, "--student-bits 0 given"),
         ({"mfu": 2.0}, "mfu 2.0"),
-        ({"freeze": "("}, "--freeze ( given, which is no regular expression"),
+        ({"freeze": "("}, "--freeze '(' is not a regular expression"),
         ({"freeze": "auto"}, "accepted here: ov, none, or a regex"),
         ({"price": -1.0}, "--price -1.0"),
         ({"student": "nowhere/at/all"}, "nowhere"),

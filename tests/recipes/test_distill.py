@@ -11,7 +11,7 @@ import pytest
 from jaxdistill.cli import main
 from jaxdistill.errors import UserError
 from jaxdistill.models.hub import load_model
-from jaxdistill.quant.policy import walk
+from jaxdistill.paths import walk
 from jaxdistill.recipes.cache_teacher import CacheTeacher, cache_teacher
 from jaxdistill.recipes.distill import Distill, distill
 from jaxdistill.recipes.evaluate import Evaluate, evaluate

@@ -13,13 +13,14 @@ from jaxdistill.cli import main
 from jaxdistill.errors import UserError
 from jaxdistill.evals.cost import forward_flops, matrix_params, training_flops
 from jaxdistill.evals.devices import device
-from jaxdistill.kd.freeze import OV_PATTERN, ov_freeze
+from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.step import adamw, init_state
 from jaxdistill.mesh import MeshShape, make_mesh, on_mesh
 from jaxdistill.models.config import config_to_hf
 from jaxdistill.models.decoder import init_params, make_apply
 from jaxdistill.models.hub import load_config, shipped_configs
 from jaxdistill.models.sharding import make_sharded, place
+from jaxdistill.paths import OV_PATTERN
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import add_scales, default_policy
 from jaxdistill.recipes.plan import Plan, plan
@@ -132,7 +133,7 @@ def test_shipped_configs_have_the_published_size(name):
         ({"mesh": "rows=2"}, r"mesh 'rows=2' given"),
         ({"mfu": 1.5}, r"--mfu 1.5"),
         ({"freeze": "auto"}, r"--freeze auto given"),
-        ({"freeze": "("}, r"not a list of regular expressions"),
+        ({"freeze": "("}, r"is not a regular expression"),
         ({"batch_size": 6}, r"--batch-size 6 .* accepted: a multiple of 4 rows"),
         ({"mesh": "fsdp=512", "batch_size": 512}, r"JAX has started with 8"),
     ],

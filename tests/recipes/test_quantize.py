@@ -17,7 +17,8 @@ import pytest
 from jaxdistill.cli import main
 from jaxdistill.errors import UserError
 from jaxdistill.models.hub import load_model
-from jaxdistill.quant.policy import dequantize_params, walk
+from jaxdistill.paths import walk
+from jaxdistill.quant.policy import dequantize_params
 from jaxdistill.recipes.quantize import Quantize, quantize
 from jaxdistill.recipes.run_report import warnings_of
 from jaxdistill.train.checkpoint import Checkpoints

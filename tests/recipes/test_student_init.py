@@ -8,14 +8,9 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.cut import cut_layers, cut_width
 from jaxdistill.models.hub import Model
 from jaxdistill.models.lora import LORA_FREEZE, merge_lora
+from jaxdistill.paths import walk
 from jaxdistill.quant.lattice import QuantSpec
-from jaxdistill.quant.policy import (
-    add_scales,
-    default_policy,
-    dequantize_params,
-    quantize_params,
-    walk,
-)
+from jaxdistill.quant.policy import add_scales, default_policy, dequantize_params, quantize_params
 from jaxdistill.recipes.student_init import student_from
 from tests import tiny
 
