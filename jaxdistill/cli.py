@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from jaxdistill._notes import notes_on_stderr
+from jaxdistill._signals import Stopped, heard
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import is_primary
 from jaxdistill.recipes.analyze import Analyze, analyze
@@ -47,7 +48,6 @@ from jaxdistill.report.table import (
     result_table,
     slices_table,
 )
-from jaxdistill.train.preemption import Stopped, ended_by_sigterm
 
 
 def _show_evaluation(out: Console, o: Evaluate, result: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ def run(options: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Parse, run, and exit: 0 done, 2 bad input or a full disk, 130 and 143 stopped by a signal."""
     try:
-        with ended_by_sigterm(), notes_on_stderr():
+        with heard("raise"), notes_on_stderr():
             options = tyro.extras.subcommand_cli_from_dict(
                 VERBS,  # pyright: ignore[reportArgumentType]
                 prog="jaxdistill",
@@ -143,6 +143,3 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as e:
         print(e, file=sys.stderr)
         sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; go on with --resume where the verb has it", file=sys.stderr)
-        sys.exit(130)

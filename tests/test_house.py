@@ -22,7 +22,7 @@ MAX_LINES = 400
 # From the ground up; parts in one row are neighbours. A part may import its neighbours and what
 # lies below. `jaxdistill` is the package's own __init__.py, which gathers the public names.
 FLOORS = (
-    ("errors", "_quiet", "_notes", "_disk", "_memory", "_orbax", "_checksums"),
+    ("errors", "_quiet", "_notes", "_disk", "_memory", "_orbax", "_checksums", "_signals"),
     ("paths",),
     ("mesh",),
     ("models", "quant", "losses"),

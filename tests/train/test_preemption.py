@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdistill import cli
+from jaxdistill import _signals, cli
 from jaxdistill.train import preemption
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.preemption import Stopped, StopRequest, agreed
@@ -71,7 +71,9 @@ def test_without_checkpoints_it_says_so(tmp_path):
     assert not list((tmp_path / "r" / "checkpoints").iterdir())
 
 
-def test_a_second_signal_is_the_system_s_and_a_late_one_is_not_lost():
+def test_a_second_signal_ends_at_once_and_a_late_one_is_not_lost(monkeypatch):
+    ended = []
+    monkeypatch.setattr(_signals, "end", ended.append)
     with (
         pytest.raises(Stopped, match="stopped by SIGTERM; go on with --resume"),
         StopRequest() as s,
@@ -79,8 +81,9 @@ def test_a_second_signal_is_the_system_s_and_a_late_one_is_not_lost():
         assert not s.asked()
         kill(signal.SIGTERM)
         assert s.asked()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            assert signal.getsignal(number) == signal.SIG_DFL
+        assert not ended
+        kill(signal.SIGINT)
+        assert set(ended) == {signal.SIGINT}
 
 
 def test_an_ignored_signal_stays_ignored():
@@ -114,6 +117,36 @@ def test_outside_of_training_the_command_ends_at_once(monkeypatch, capsys):
         "stopped by SIGTERM; go on with --resume where the verb has it\n"
     )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+SWALLOWED = """
+import importlib.util, os, signal, sys, time
+spec = importlib.util.spec_from_file_location("signals", sys.argv[3])  # without the package: quick
+signals = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(signals)
+signals.GRACE = 0.3
+with signals.heard(sys.argv[1]):
+    try:
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        time.sleep(9)
+    except BaseException:
+        print("caught", flush=True)
+    time.sleep(9)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "output"),
+    [("raise", "SIGINT", "caught\n"), ("raise", "SIGTERM", "caught\n"), ("exit", "SIGINT", "")],
+)
+def test_a_signal_whose_error_is_swallowed_ends_the_process_all_the_same(mode, name, output):
+    """Importing and compiling run code that catches or ignores every error."""
+    command = [sys.executable, "-c", SWALLOWED, mode, name, _signals.__file__]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    code = {"SIGTERM": 143, "SIGINT": 130}[name]
+    assert (process.returncode, process.stdout) == (code, output)
+    assert process.stderr == f"stopped by {name}; go on with --resume where the verb has it\n"
 
 
 PROCESS = """
