@@ -1,7 +1,7 @@
 """Imported first, as it must come before the packages that take seconds to import.
 
-The command line listens to signals, and transformers' advice to install PyTorch is not for us, who
-only tokenize.
+The command line listens to signals, and transformers' warnings are silenced, because they are about
+models that nobody here loads.
 """
 
 import os
@@ -12,3 +12,4 @@ if is_command():
     listen()
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

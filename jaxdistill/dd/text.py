@@ -22,6 +22,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.models.generate import Sampling, generate
 from jaxdistill.models.hub import Model
+from jaxdistill.models.token_ids import prompt_ids
 
 Metric = Literal["cosine", "l2"]
 
@@ -134,14 +135,7 @@ def generate_texts(
         seed: of the sampling.
     """
     tokenizer = model.text_tokenizer()
-    rows = []
-    for prompt in prompts:
-        if chat and tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            rows.append(tokenizer(str(text), add_special_tokens=False)["input_ids"])
-        else:
-            rows.append(tokenizer(prompt)["input_ids"])
+    rows = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     apply, made = model.apply_fn(), []
     for number, at in enumerate(range(0, len(rows), batch_size)):
         batch = rows[at : at + batch_size]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float32, Int, Int32
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import fetch
 from jaxdistill.models.hub import Model
+from jaxdistill.models.token_ids import encode
 from jaxdistill.quant.policy import dequantize_params
 
 _SHORTEST = 16  # rows are padded to this or a doubling of it, so that few shapes are compiled
@@ -39,10 +40,7 @@ def token_ids(
         UserError: the model has no tokenizer, or fewer positions than ``seq_len``.
     """
     check_readable(model, seq_len)
-    tokenizer = model.text_tokenizer()
-    encoded: Any = tokenizer(
-        list(texts), padding=False, truncation=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    encoded = [row.ids for row in encode(model.text_tokenizer(), texts)]
     ids = np.zeros((len(encoded), seq_len), np.int32)
     lengths = np.zeros(len(encoded), np.int32)
     for i, row in enumerate(encoded):

@@ -22,6 +22,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.losses.chunked import CHUNK
 from jaxdistill.losses.divergences import ce
 from jaxdistill.mesh import fetch
+from jaxdistill.models.token_ids import encode_text
 from jaxdistill.models.tokenizer import Tokenizer
 
 
@@ -57,14 +58,6 @@ def prefix_token(tokenizer: Tokenizer) -> int:
     )
 
 
-def encode_text(tokenizer: Tokenizer, text: str, *, special: bool = True) -> list[int]:
-    """Return a text's tokens; BOS is not added where the text itself begins with it."""
-    first = tokenizer.bos_token or tokenizer.eos_token
-    special = special and not (first and text.startswith(str(first)))
-    encoded = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
-    return cast(list[int], encoded["input_ids"])
-
-
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Split a text into the tokens of its context and those of its continuation.
 
@@ -75,7 +68,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """
     kept, whole = context.rstrip(), context + continuation
     if not kept:
-        tokens, first = encode_text(tokenizer, whole, special=False), prefix_token(tokenizer)
+        tokens, first = encode_text(tokenizer, whole, bos=False), prefix_token(tokenizer)
         return Pair(tokens[:1], tokens[1:]) if tokens[:1] == [first] else Pair([first], tokens)
     before = encode_text(tokenizer, kept)
     return Pair(before, encode_text(tokenizer, whole)[len(before) :])

@@ -23,12 +23,12 @@ from jaxdistill.errors import UserError
 from jaxdistill.evals.likelihood import (
     Pair,
     encode_pair,
-    encode_text,
     log_likelihoods,
     prefix_token,
 )
 from jaxdistill.models.generate import Sampling, generate
 from jaxdistill.models.hub import Model
+from jaxdistill.models.token_ids import encode_text
 from jaxdistill.models.tokenizer import fingerprint
 from jaxdistill.quant.policy import dequantize_params
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +16,7 @@ from jaxdistill.mesh import fetch
 from jaxdistill.models.classifiers import Classifier
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model
+from jaxdistill.models.token_ids import encode_text
 from jaxdistill.recipes.condense_data import Real, read_real
 from jaxdistill.recipes.condense_options import Condense
 from jaxdistill.train.labelled import Labelled
@@ -68,7 +67,7 @@ def _prefix(o: Condense, model: Model, classes: list[str]) -> jax.Array | None:
     if o.prompt is None:
         return None
     tokenizer = model.text_tokenizer()
-    rows: list[Any] = [tokenizer(o.prompt.replace("{label}", c))["input_ids"] for c in classes]
+    rows = [encode_text(tokenizer, o.prompt.replace("{label}", c)) for c in classes]
     longest = max(map(len, rows))
     return jnp.asarray([[row[0]] * (longest - len(row)) + row for row in rows], jnp.int32)
 

@@ -15,6 +15,7 @@ from jaxdistill.models import generate as decoding
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Params, make_apply, unstack
 from jaxdistill.models.hub import Model, load_model
+from jaxdistill.models.token_ids import prompt_ids
 from jaxdistill.quant.policy import (
     ActivationRules,
     dequantize_params,
@@ -88,14 +89,7 @@ def answer(
     weights: Weights = "packed",
 ) -> str:
     """Return the model's answer to one prompt."""
-    tokenizer = model.text_tokenizer()
-    if raw or not tokenizer.chat_template:
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
+    ids = prompt_ids(model.text_tokenizer(), prompt, chat=not raw)
     (text,) = continuations(model, [ids], how, seed=seed, weights=weights)
     return text
 

@@ -13,7 +13,8 @@ from jaxdistill.models.decoder import Params
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model, load_model
 from jaxdistill.recipes.generate import continuations
-from jaxdistill.train.encode import encode_rows, row_form
+from jaxdistill.train.chat_rows import row_form
+from jaxdistill.train.encode import encode_rows
 from jaxdistill.train.prompts import prompt_rows
 
 PROMPT, NEW = 48, 48  # tokens

@@ -24,9 +24,10 @@ from jaxdistill.recipes.cache_teacher import cache_fingerprints
 from jaxdistill.recipes.learned_rows import check_learned, learned_rows
 from jaxdistill.recipes.options import Distill
 from jaxdistill.recipes.prepare import check_length, eval_batches_of, pack_rows, split_rows
+from jaxdistill.train.chat_rows import row_form
 from jaxdistill.train.curriculum import CurriculumBatches
 from jaxdistill.train.data import load_rows
-from jaxdistill.train.encode import Example, encode_rows, row_form
+from jaxdistill.train.encode import Example, encode_rows
 from jaxdistill.train.mixing import mixed_rows
 from jaxdistill.train.packing import Batch, Packed, batches, fingerprint
 from jaxdistill.train.pairing import Paired, pair_rows

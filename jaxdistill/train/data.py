@@ -26,11 +26,13 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxdistill._memory import available_memory
 from jaxdistill.errors import UserError
 from jaxdistill.models.json_text import parse_json
-from jaxdistill.train.encode import FORMS, Example, encode_rows, row_form
+from jaxdistill.train.chat_rows import FIELDS, FORMS, NESTED, row_form, travelling
+from jaxdistill.train.encode import Example, encode_rows
 from jaxdistill.train.packing import Packed, batches, eval_batches, fingerprint, no_packing, pack
-from jaxdistill.train.text_file import EXEMPT, MAX_RATIO, read_lines, read_text
+from jaxdistill.train.text_file import DOCUMENT, read_lines, read_text
 
 __all__ = [
     "Example",
@@ -52,7 +54,7 @@ _ACCEPTED = (
     "set such as 'owner/name' or 'owner/name:config'"
 )
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
-_COLUMNS = ("text", "messages", "instruction", "input", "output")
+_COLUMNS = (*FIELDS, "weight")
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 _MAX_COLUMNS, _MAX_DEPTH = 256, 8
 _SPLITS |= {split: split for split in ("train", "test", "validation")}
@@ -77,13 +79,16 @@ def load_rows(source: str, *, split: str = "train") -> datasets.Dataset:
 
     Returns:
         At least one row. Every row of a JSON file was checked to have one of the accepted forms;
-        columns beyond those are kept where Arrow can hold them. Data from files is held in memory:
-        nothing is written beside the files, and no home directory is needed.
+        columns beyond those are kept where Arrow can hold them. Lists of messages and tools are
+        JSON text, as ``encode_rows`` reads it, so that each row keeps its own keys. Data from files
+        is held in memory: nothing is written next to the files, and no home directory is needed.
 
     Raises:
         UserError: if nothing is found, a line cannot be read, no row is there, or the columns are
             none that ``encode_rows`` accepts.
     """
+    if not source.strip():
+        raise UserError(f"--data must name a source, got {source!r}; accepted: {_ACCEPTED}")
     path = Path(source)
     if path.is_dir():
         files = _files_of_split(path, split)
@@ -95,7 +100,8 @@ def load_rows(source: str, *, split: str = "train") -> datasets.Dataset:
     if not len(rows):
         raise UserError(f"data {source!r} holds no rows; accepted: at least one row; add some")
     names = rows.column_names
-    if not ({"text", "messages"} & set(names) or {"instruction", "output"} <= set(names)):
+    forms = ({"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"})
+    if not any(form <= set(names) for form in (*forms, {"instruction", "output"})):
         raise UserError(
             f"data {source!r} has the columns {', '.join(names)}; accepted: {FORMS}; rename them"
         )
@@ -155,7 +161,7 @@ def _load_file(path: Path) -> datasets.Dataset:
 
 def _text_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the whole file as one document, or nothing if it is blank."""
-    text = read_text(path)
+    text = read_text(path, DOCUMENT)
     if text.strip():
         yield {"text": text}
 
@@ -208,28 +214,24 @@ def _parsed(text: str) -> Any:
 
 
 def _dataset(path: Path, rows: list[dict[str, Any]]) -> datasets.Dataset:
-    """Turn rows into columns; beside the known ones, only those that Arrow can hold together."""
+    """Turn rows into columns; beside the known ones, only those that Arrow can hold."""
+    rows = [travelling(row) for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
-    known = {name: [row.get(name) for row in rows] for name in _COLUMNS if name in names}
-    if _is_wild(known.get("messages", [])):
-        raise UserError(
-            f"data file {str(path)!r} has messages of more than {_MAX_COLUMNS} different keys, or "
-            f"nested more than {_MAX_DEPTH} deep; accepted: role, content and a few more; remove "
-            "the others"
-        )
-    columns = known
-    if len(names) <= _MAX_COLUMNS:
-        every = {name: known.get(name) or [row.get(name) for row in rows] for name in names}
-        columns = {name: column for name, column in every.items() if not _is_wild(column)}
-    for chosen in (columns, known):
+    if len(names) > _MAX_COLUMNS:
+        names = {name: None for name in _COLUMNS if name in names}
+    columns = {}
+    for name in names:
+        column = [row.get(name) for row in rows]
         try:
-            return datasets.Dataset.from_dict(chosen)
+            if name in _COLUMNS or not _is_wild(column):
+                columns[name] = datasets.Dataset.from_dict({name: column}).data.column(0)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            problem = error
-    raise UserError(
-        f"data file {str(path)!r} has rows whose types do not fit together ({_line(problem)}); "
-        "accepted: one type a field; make the fields equal in all rows"
-    ) from problem
+            if name in _COLUMNS:
+                raise UserError(
+                    f"data file {str(path)!r} has values of several types in {name!r} "
+                    f"({_line(error)}); accepted: one type; make it equal in all rows"
+                ) from error
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)))
 
 
 def _is_wild(column: list[Any]) -> bool:
@@ -258,23 +260,30 @@ def _load_parquet(path: Path) -> datasets.Dataset:
     """Read a Parquet file into memory, as plain values.
 
     What the file says of itself to ``datasets`` is left out: it can make strings be taken for
-    paths of images to open. Read in pieces, for a page of a few bytes can stand for any number of
-    rows.
+    paths of images to open. Read in pieces, because a page of a few bytes can stand for any number
+    of rows: what they take is counted against the memory that there is.
     """
     try:
         with pq.ParquetFile(path) as file:
             given = file.schema_arrow
             if len(given) > _MAX_COLUMNS:
                 raise ValueError(f"it has {len(given)} columns")
-            schema = pa.schema([pa.field(f.name, _plain_type(f.type)) for f in given])
-            allowed = max(EXEMPT, MAX_RATIO * path.stat().st_size)
-            read = []
+            schema = pa.schema([pa.field(f.name, _travelling_type(f)) for f in given])
+            most = available_memory() or 2**40
+            if file.metadata.num_rows * len(given) * 8 > most:
+                raise ValueError(f"its {file.metadata.num_rows} rows do not fit into memory")
+            read, rows, taken = [], 0, 0
             for batch in file.iter_batches(batch_size=256, use_threads=False):
                 batch.validate(full=True)  # UTF-8, and every offset and index inside
-                read.append(batch.cast(schema))
-                allowed -= read[-1].nbytes
-                if allowed < 0:
-                    raise ValueError(f"it unpacks to more than {MAX_RATIO} times its bytes")
+                rows, taken = rows + batch.num_rows, taken + batch.nbytes
+                # A quarter, because the rows are copied and tokenized; four times, because the
+                # first rows may be the longest.
+                if taken > most / 4 or taken / max(1, rows) * file.metadata.num_rows > 4 * most:
+                    raise ValueError(
+                        f"its first {rows} rows take {taken / 1e9:.1f} GB and {most / 1e9:.1f} GB "
+                        "of memory are available"
+                    )
+                read.append(_travelling_batch(batch).cast(schema))
         table = pa.Table.from_batches(read, schema)
         return datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()))
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
@@ -282,6 +291,23 @@ def _load_parquet(path: Path) -> datasets.Dataset:
             f"data file {str(path)!r} cannot be read ({_line(error)}); "
             "accepted: a Parquet file; write it again"
         ) from error
+
+
+def _travelling_type(field: pa.Field) -> pa.DataType:
+    """Return the type of a column in the ``Dataset``: columns of objects become JSON text."""
+    kind = _plain_type(field.type)
+    nested = field.name in NESTED and pa.types.is_nested(kind)
+    return pa.string() if nested else kind
+
+
+def _travelling_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
+    for i, field in enumerate(batch.schema):
+        if field.name in NESTED and pa.types.is_nested(_plain_type(field.type)):
+            rows = [
+                travelling({field.name: x}, nulls=False)[field.name] for x in batch[i].to_pylist()
+            ]
+            batch = batch.set_column(i, field.name, pa.array(rows, pa.string()))
+    return batch
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

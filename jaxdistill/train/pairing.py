@@ -8,7 +8,6 @@ and that what stands between two pairs is one piece of text for both.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,8 @@ from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.errors import UserError
-from jaxdistill.train.encode import Example, Rendered, encode_rows, render_row
+from jaxdistill.models.token_ids import encode
+from jaxdistill.train.encode import Example, Rendered, encode_rows, example_of, render_row
 from jaxdistill.train.packing import Batch, Packed, no_packing
 
 _CHUNK = 1024  # texts that a tokenizer sees at once, over its own threads
@@ -107,8 +107,9 @@ def pair_rows(
         UserError: a row has no accepted form, or no row has two places where both meet.
     """
     rows = list(rows)
-    encode = functools.partial(encode_rows, loss_on=loss_on, template=template, add_eos=add_eos)
-    examples = encode(rows, student)  # also checks the rows
+    examples = encode_rows(  # also checks the rows
+        rows, student, loss_on=loss_on, template=template, add_eos=add_eos
+    )
     chat = bool(student.chat_template) and template != "plain"
     rendered = [
         render_row(row, f"row {i}", student, chat, loss_on == "completion", add_eos)
@@ -153,11 +154,10 @@ def _read(
     rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerFast, add_eos: bool
 ) -> list[_Read]:
     """Encode strings, and tell how many characters have been read whole after each token."""
-    full = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    full.no_truncation()
-    full.no_padding()
     # Post-processing may move offsets away from spaces, so texts are read without it too.
-    bare = tokenizers.Tokenizer.from_str(full.to_str())
+    bare = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bare.no_truncation()
+    bare.no_padding()
     bare.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     eos: Any = tokenizer.eos_token_id if add_eos else None
     found = []
@@ -165,43 +165,22 @@ def _read(
         rows = rendered[at : at + _CHUNK]
         texts = [row.text if row.text.strip() else "" for row in rows]
         inner = bare.encode_batch(texts, add_special_tokens=False)
-        whole = {
-            special: full.encode_batch(texts, add_special_tokens=special)
-            for special in {row.special for row in rows}
-        }
-        for i, row in enumerate(rows):
-            ids = list(whole[row.special][i].ids) if texts[i] else []
-            if texts[i] and row.close and eos is not None and ids[-1:] != [eos]:
-                ids.append(eos)
-            found.append(_located(ids, inner[i], row))
-    return found
-
-
-def _located(ids: list[int], inner: tokenizers.Encoding, row: Rendered) -> _Read:
-    """Return a text's tokens, special ones around its own, with their targets and ends."""
-    before = _offset_of(inner.ids, ids)
-    own = slice(before, before + len(inner.ids))
-    offsets = np.array(inner.offsets, np.int64).reshape(-1, 2)
-    # Beginnings have read nothing; an end has read the whole text and, as one more, its end.
-    ends = np.zeros(len(ids), np.int64)
-    ends[own] = _ends(offsets)
-    ends[own.stop :] = len(row.text) + 1 + np.arange(len(ids) - own.stop)
-    mask = np.full(len(ids), row.spans is None)
-    for start, stop in row.spans or ():
-        mask[own] |= (offsets[:, 1] > start) & (offsets[:, 0] < stop)
-    mask[:1] = False
-    return _Read(Example(tokens=np.array(ids, np.int32), loss_mask=mask), ends)
-
-
-def _offset_of(inner: Sequence[int], ids: Sequence[int]) -> int:
-    """Return how many special tokens were put before a text's own."""
-    for at in range(len(ids) - len(inner) + 1):
-        if list(ids[at : at + len(inner)]) == list(inner):
-            return at
-    raise UserError(
-        "a tokenizer puts special tokens inside of a text; accepted: before and after it; give a "
-        "model with another tokenizer"
-    )
+        for special in (False, True):
+            picked = [i for i, row in enumerate(rows) if row.special is special]
+            encoded = encode(tokenizer, [texts[i] for i in picked], bos=special)
+            for i, (ids, _) in zip(picked, encoded, strict=True):
+                offsets = np.array(inner[i].offsets, np.int64).reshape(-1, 2)
+                first = len(ids) - len(offsets)
+                offsets = np.concatenate([np.zeros((first, 2), np.int64), offsets])
+                if not texts[i]:
+                    ids, offsets, first = [], offsets[:0], 0
+                example = example_of(rows[i], ids, offsets, tokenizer, eos if texts[i] else None)
+                # Beginnings have read nothing; an end has read the text and, as one more, its end.
+                ends = np.zeros(len(example.tokens), np.int64)
+                ends[first : len(ids)] = _ends(offsets[first:])
+                ends[len(ids) :] = len(rows[i].text) + 1
+                found.append((at + i, _Read(example, ends)))
+    return [read for _, read in sorted(found, key=lambda item: item[0])]
 
 
 def _ends(offsets: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxdistill.errors import UserError
-from jaxdistill.train.encode import row_form
+from jaxdistill.train.chat_rows import row_text
 
 FORMS = (
     "a column, NAME=REGEX over the text, or longest:SHARE, rare_words:SHARE, rare_labels:SHARE as "
@@ -45,21 +45,10 @@ def described(rows: Iterable[Mapping[str, Any]], source: str = "") -> Described:
     names = dict.fromkeys(name for row in rows for name in row)
     return Described(
         count=len(rows),
-        texts=[text_of(row) for row in rows],
+        texts=[row_text(row) for row in rows],
         columns={name: [row.get(name) for row in rows] for name in names},
         source=source,
     )
-
-
-def text_of(row: Mapping[str, Any]) -> str:
-    """Return all that a row says, whatever its form."""
-    match row_form(row, "a row"):
-        case "text":
-            return row["text"]
-        case "messages":
-            return "\n".join(message["content"] for message in row["messages"])
-    parts = (row["instruction"], row.get("input"), row["output"])
-    return "\n".join(part for part in parts if part)
 
 
 def slices_of(

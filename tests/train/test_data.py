@@ -11,6 +11,7 @@ import datasets
 import pytest
 
 from jaxdistill.train import data
+from jaxdistill.train.chat_rows import FORMS
 from jaxdistill.train.data import (
     encode_rows,
     load_rows,
@@ -19,9 +20,6 @@ from tests.errors import error_of
 from tests.tiny import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMS = (
-    "'text', or 'messages' (a list of {role, content}), or 'instruction' and 'output' (and 'input')"
-)
 ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .txt, .txt.gz, .parquet"
 SOURCES = (
     f"a file ending in {ENDINGS}, a directory of such files, or the name of a hub data set such as "
@@ -73,8 +71,32 @@ def test_rows_of_several_forms_share_a_file(tmp_path):
         {"instruction": "i", "input": "", "output": "o", "id": 3},
     ]
     rows = load_rows(write(tmp_path / "x.jsonl", lines(*given)))
+    given[1]["messages"] = json.dumps(messages)
     assert [{k: v for k, v in row.items() if v is not None} for row in rows] == given
     assert len(encode_rows(rows, byte_tokenizer())) == 3
+
+
+def test_each_row_keeps_its_own_keys(tmp_path):
+    calls = [{"function": {"name": "add", "arguments": a}} for a in ({"x": 1}, {"y": [None, 2.5]})]
+    given = [
+        [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [c]},
+        ]
+        for c in calls
+    ]
+    rows = load_rows(write(tmp_path / "x.jsonl", lines(*({"messages": m} for m in given))))
+    assert [json.loads(row["messages"]) for row in rows] == given
+
+
+def test_parquet_rows_of_objects_lose_the_keys_of_others(tmp_path):
+    arguments = [{"x": 1, "y": None}, {"x": None, "y": 2}]  # as Arrow must hold them
+    given = [
+        [{"role": "user", "content": "q", "tool_calls": [{"arguments": a}]}] for a in arguments
+    ]
+    datasets.Dataset.from_dict({"messages": given}).to_parquet(str(tmp_path / "x.parquet"))
+    rows = [json.loads(row["messages"]) for row in load_rows(str(tmp_path / "x.parquet"))]
+    assert [row[0]["tool_calls"][0]["arguments"] for row in rows] == [{"x": 1}, {"y": 2}]
 
 
 def test_strings_that_look_like_dates_stay_strings(tmp_path):
@@ -82,9 +104,17 @@ def test_strings_that_look_like_dates_stay_strings(tmp_path):
     assert list(load_rows(write(tmp_path / "x.jsonl", lines(*given)))) == given
 
 
-def test_columns_arrow_cannot_hold_are_left_out(tmp_path):
-    path = write(tmp_path / "x.jsonl", lines({"text": "a", "n": 1}, {"text": "b", "n": [2]}))
-    assert list(load_rows(path)) == [{"text": "a"}, {"text": "b"}]
+def test_columns_arrow_cannot_hold_are_left_out_and_no_others(tmp_path):
+    given = [
+        {"text": "a", "n": 1, "weight": 1, "k": 1},
+        {"text": "b", "n": [2], "weight": 0.5, "k": 2},
+    ]
+    rows = list(load_rows(write(tmp_path / "x.jsonl", lines(*given))))
+    assert rows == [{k: v for k, v in row.items() if k != "n"} for row in given]
+    path = write(
+        tmp_path / "y.jsonl", lines({"text": "a", "weight": 1}, {"text": "b", "weight": "2"})
+    )
+    assert "'weight'" in error_of(load_rows, path)
 
 
 def test_a_directory_is_read_in_the_order_of_its_paths(tmp_path):
@@ -124,7 +154,10 @@ def test_directory_files_that_agree_on_the_rows_alone(tmp_path):
     assert list(load_rows(str(tmp_path))) == [{"text": "1"}, {"text": "2"}]
 
 
-def test_an_unreadable_source_is_named_in_one_line(tmp_path):
+def test_an_unreadable_source_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for empty in ("", " "):  # not the working directory
+        assert "--data" in error_of(load_rows, empty)
     missing = f"{tmp_path}/no.jsonl"
     assert error_of(load_rows, missing) == (
         f"data {missing!r} does not exist; accepted: {SOURCES}; check the path"
@@ -187,17 +220,18 @@ def test_no_rows(tmp_path, name, content):
         *(
             (
                 json.dumps({"messages": messages}),
-                "has 'messages' of another shape; accepted: a non-empty list of {role, content} "
-                "with two strings; correct the row",
+                "has 'messages' of another shape; accepted: a non-empty list of objects; correct "
+                "the row",
             )
-            for messages in (
-                [],
-                "hi",
-                ["hi"],
-                {"role": "user", "content": "x"},
-                [{"role": "user"}],
-                [{"role": "user", "content": None}],
+            for messages in ([], "hi", ["hi"], {"role": "user", "content": "x"})
+        ),
+        *(
+            (
+                json.dumps({"messages": messages}),
+                "has a message 1 with nothing as its content; accepted: a string, a list of text "
+                "parts, or null next to tool calls",
             )
+            for messages in ([{"role": "user"}], [{"role": "user", "content": None}])
         ),
     ],
 )
