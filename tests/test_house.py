@@ -23,6 +23,7 @@ MAX_LINES = 400
 # lies below. `jaxdistill` is the package's own __init__.py, which gathers the public names.
 FLOORS = (
     ("errors", "_quiet", "_notes", "_disk", "_memory", "_orbax", "_checksums", "_signals"),
+    ("_progress",),
     ("paths",),
     ("mesh",),
     ("models", "quant", "losses"),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
+from jaxdistill._progress import ItemProgress
 from jaxdistill.errors import UserError
 from jaxdistill.kd.cache_writer import write_cache
 from jaxdistill.kd.teacher_cache import CachedRows
@@ -23,7 +24,6 @@ from jaxdistill.models.tokenizer import Tokenizer
 from jaxdistill.models.tokenizer import fingerprint as tokenizer_fingerprint
 from jaxdistill.recipes.parallel import Parallel, parallel
 from jaxdistill.recipes.prepare import pack_rows, split_rows
-from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.packing import fingerprint
 
@@ -133,7 +133,7 @@ def cache_teacher(o: CacheTeacher, console: Console | None = None) -> dict[str, 
             )
     prints = cache_fingerprints(packed, teachers[0].text_tokenizer(), teachers)
     began, made = time.perf_counter(), 0
-    with item_progress(console) as progress:
+    with ItemProgress(console) as progress:
         task = progress.add_task("caching rows", total=len(packed))
 
         def advance(done: int, new: bool) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int
 from rich.console import Console
 
 from jaxdistill._disk import write_whole
+from jaxdistill._progress import ItemProgress
 from jaxdistill.dd.stored_set import Level
 from jaxdistill.errors import UserError
 from jaxdistill.evals.features import (
@@ -28,7 +29,6 @@ from jaxdistill.evals.features import (
 from jaxdistill.mesh import on_every_host, on_primary
 from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.hub import Model, load_model
-from jaxdistill.report.progress import item_progress
 from jaxdistill.train.labelled import Labelled
 
 
@@ -217,7 +217,7 @@ def cached_features(
     if on_every_host(found is not None):  # else all read the texts together
         assert found is not None
         return found
-    with item_progress(console) as bar:
+    with ItemProgress(console) as bar:
         task = bar.add_task("features", total=len(texts))
         made = text_features(
             model,

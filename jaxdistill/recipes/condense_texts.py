@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 
+from jaxdistill._progress import ItemProgress
 from jaxdistill.dd.inner import inner_optimizer
 from jaxdistill.dd.language import objective_loss, row_scores
 from jaxdistill.dd.selection import quota_per_class, quotas_with_slices, select
@@ -25,7 +26,6 @@ from jaxdistill.models.hub import Model, load_model
 from jaxdistill.recipes.condense_data import cached_features, check_real
 from jaxdistill.recipes.condense_options import Condense, condense_identity
 from jaxdistill.recipes.condense_report import settings_of
-from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import encode_rows, load_rows, no_packing
 from jaxdistill.train.labelled import Labelled
 from jaxdistill.train.run_directory import RunDirectory
@@ -129,7 +129,7 @@ def text_scores(
     order = rng.permutation(len(packed))
     size = min(o.batch_size, len(packed))
     scores = np.full(len(texts), -np.inf)
-    with item_progress(console) as progress:
+    with ItemProgress(console) as progress:
         task = progress.add_task("meta-gradient score", total=len(packed))
         for at in range(0, len(packed), size):
             own = order[at : at + size]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from jaxdistill._progress import ItemProgress
 from jaxdistill.errors import UserError
 from jaxdistill.evals.choices import (
     ChoiceScores,
@@ -26,7 +27,6 @@ from jaxdistill.models.hub import Model, check_same_vocabulary, load_model
 from jaxdistill.recipes.parallel import Parallel, parallel
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows
 from jaxdistill.recipes.slices import Texts, masks_of, of_questions
-from jaxdistill.report.progress import item_progress
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.slices import described
 
@@ -149,7 +149,7 @@ def score_files(
     ``console``, by default stderr.
     """
     scored: Scored = {}
-    with item_progress(console) as progress:
+    with ItemProgress(console) as progress:
         for label, model in models.items():
             apply, tokenizer = model.apply_fn(), model.text_tokenizer()
             for name, asked in questions.items():

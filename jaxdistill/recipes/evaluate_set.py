@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from jaxdistill._progress import ItemProgress
 from jaxdistill.dd.classification import classification_loss
 from jaxdistill.dd.inner import inner_optimizer
 from jaxdistill.dd.meta_gradient import inner_rates
@@ -23,7 +24,6 @@ from jaxdistill.evals.judge_set import Judged, Trainer, judge_own, make_judge
 from jaxdistill.models.classifiers import NAMES, Classifier, make_classifier
 from jaxdistill.recipes.condense_data import Real, model_of, read_real
 from jaxdistill.report.condense_plots import plot_comparison
-from jaxdistill.report.progress import item_progress
 from jaxdistill.train.labelled import Labelled, held_out_rows, load_labelled
 from jaxdistill.train.run_directory import write_json
 from jaxdistill.train.slices import slices_of
@@ -187,7 +187,7 @@ def evaluate_set(o: EvaluateSet, console: Console | None = None) -> dict[str, An
     held_batch = _batch(real, held)
     test_inputs = test.all_inputs()
     rows: list[dict[str, Any]] = []
-    with item_progress(console) as progress:
+    with ItemProgress(console) as progress:
         own = _own_training(stored)
         task = progress.add_task("training", total=len(nets) * (len(sets) + bool(own)))
         for net in nets:

@@ -8,15 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from jaxdistill._progress import ItemProgress
 from jaxdistill.kd.objective import Metrics
 from jaxdistill.mesh import place_batch
 from jaxdistill.train.checkpoint import Checkpoints, recover
@@ -90,7 +83,7 @@ def train(
     with (
         StopRequest() as stop,
         Checkpoints(run.checkpoints, keep=keep) as checkpoints,
-        _progress(console) as progress,
+        ItemProgress(console, fields=("loss", "rate")) as progress,
     ):
         watch, done, oldest, before = Watch(guard, run), int(state.step), int(state.step), 0
         if last is not None:
@@ -142,17 +135,3 @@ def _value(metric: Any) -> float:
         total, count = metric
         return float(total) / (float(count) or 1.0)
     return float(metric)
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-    )

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jaxdistill.errors import UserError
 from jaxdistill.train.guard import Guard, Watch
@@ -14,7 +15,7 @@ BACK = Guard(on_spike="rollback")
 
 
 def test_a_rollback_leaves_out_the_batches_since_the_checkpoint(tmp_path, capsys):
-    done = go(tmp_path / "r", 9, bad=[5], guard=BACK, quiet=False)
+    done = go(tmp_path / "r", 9, bad=[5], guard=BACK, console=Console(stderr=True))
     # Checkpoint 4; batches 4 and 5 are left out.
     np.testing.assert_array_equal(done.params["w"], params_after([0, 1, 2, 3, 6, 7, 8, 9, 10]))
     rows = read_metrics(tmp_path / "r")

@@ -1,10 +1,14 @@
 """The loop: NaN stops it with the last good checkpoint kept, and a resumed run is the same run."""
 
+import io
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxdistill import _progress
 from jaxdistill.errors import UserError
 from jaxdistill.kd.step import TrainState
 from jaxdistill.train.checkpoint import Checkpoints
@@ -60,7 +64,7 @@ def go(
     during_step={},  # noqa: B006  what to do in a step, by its number
     during_batch={},  # noqa: B006
     during_look={},  # noqa: B006
-    quiet=True,
+    console=None,
 ):
     def look(step, params):
         during_look.get(step, lambda: None)()
@@ -79,7 +83,7 @@ def go(
             checkpoint_every=checkpoint_every,
             guard=guard,
             looks=[Look(3, look), Look(4, lambda step, _: {"number": step}, at_end=False)],
-            console=Console(stderr=True, quiet=quiet),
+            console=console or Console(stderr=True, quiet=True),
         )
 
 
@@ -112,3 +116,13 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     rows = timeless(tmp_path / "whole")
     assert rows == timeless(tmp_path / "cut")
     assert [row["step"] for row in rows if "eval/kl" in row] == [3, 6, 9]
+
+
+def test_without_a_terminal_a_run_writes_lines_as_it_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(_progress, "EVERY", 0.0)
+    said, at_step = io.StringIO(), []
+    hear = {3: lambda: at_step.append(said.getvalue())}
+    go(tmp_path / "r", 4, during_look=hear, console=Console(file=said, width=20))
+    assert at_step[0].splitlines()[-1].startswith("train: 2 of 4, loss ")
+    line = said.getvalue().splitlines()[-1]
+    assert re.fullmatch(r"train: 4 of 4, loss [\d.]+, [\d,.]+ \w+/s, 0:00:\d\d elapsed", line)
