@@ -35,7 +35,11 @@ def weight_bytes(params: Params, policy: Policy | None = None) -> int:
 
 
 def clipped_share(params: Params, policy: Policy) -> dict[str, Float[Array, "..."]]:
-    """Return the share of each quantized weight that lies beyond its range, where no gradient is.
+    """Return the share of each quantized weight that clipping changes.
+
+    A weight is clipped where its rounded integer is beyond the ends of the range. One that is past
+    an end by less than half a step rounds to that end as any other weight does, so it is not
+    counted, though no gradient reaches it either (``fake_quant``).
 
     Args:
         params: masters and grids.
@@ -58,7 +62,7 @@ def clipped_share(params: Params, policy: Policy) -> dict[str, Float[Array, "...
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _beyond(w: Array, grid: Grid, spec: QuantSpec, axis: int) -> Array:
     scale, *zero = (spread(part, w.shape, axis) for part in fixed_grid(grid, spec))
-    place = w / scale + (zero[0] if zero else jnp.zeros_like(w))
+    place = jnp.round(w / scale) + (zero[0] if zero else jnp.zeros_like(w))
     return jnp.mean((place < spec.qmin) | (place > spec.qmax), axis=(-2, -1))
 
 

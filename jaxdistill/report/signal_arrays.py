@@ -17,7 +17,7 @@ QUANTITIES = {
     "rms": ("1", "root mean square of the projection's output"),
     "sqnr": ("dB", "10 log10(|y_float|^2 / |y_float - y|^2) of the projection's output"),
     "sqnr_gain": ("dB", "sqnr less that of PTQ"),
-    "clipped": ("share", "weights beyond the ends of their range"),
+    "clipped": ("share", "weights whose rounded integer is beyond the range"),
     "flips": ("share", "weights whose integer is another than PTQ's"),
     "drift_relative_error": ("ratio", "|x_float - x| / |x_float| of the residual stream, by depth"),
     "drift_cosine": ("1", "cosine of the residual stream to the float model's, by depth"),

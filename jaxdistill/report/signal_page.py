@@ -25,7 +25,8 @@ _CAPTIONS = {
     "signal's size, 0 dB one as large as the signal.",
     "sqnr_gain": "Where training brought the output nearer to the float model (red) and where it "
     "moved it away (blue).",
-    "clipped": "Weights that lie beyond the ends of their range. No gradient reaches them.",
+    "clipped": "Weights whose rounded integer is beyond the ends of the range. No gradient reaches "
+    "them.",
     "flips": "Weights whose stored integer is another than that of the float model rounded: what "
     "training really changed.",
 }
@@ -80,8 +81,9 @@ rounding. Means over batches.</dd>
 <dt>SQNR</dt><dd>Signal-to-quantization-noise ratio of a projection's output, 10 log10 of the float
 output's energy over that of the difference. Each model reads the text by itself, so errors of
 earlier layers count.</dd>
-<dt>clipped, flipped</dt><dd>Shares of a projection's weights in a layer: those beyond the ends of
-their range, and those whose integer differs from the rounded float model's.</dd>
+<dt>clipped, flipped</dt><dd>Shares of a projection's weights in a layer: those whose rounded
+integer is beyond the ends of the range, and those whose integer differs from the rounded float
+model's.</dd>
 <dt>drift</dt><dd>Of the residual stream, the vector that every layer adds to: the size of the
 difference over that of the float model's vector, and the cosine between the two, each a mean over
 places. Padding counts nowhere.</dd>

@@ -18,23 +18,35 @@ from tests import tiny
 C = tiny.config()
 
 
-def test_clipped_share_is_what_lies_beyond_the_range():
+def test_clipped_share_counts_integers_that_clipping_changes():
     policy = default_policy(QuantSpec(group_size=32), tied=True)
     scaled = add_scales(tiny.params(C), policy)
     found = clipped_share(scaled, policy)
     node = scaled["layers"]["mlp"]["up_proj"]
     v = np.asarray(node["kernel"]) / np.repeat(np.asarray(node["kernel_scale"], np.float32), 32, 1)
-    want = ((v < -8) | (v > 7)).mean(axis=(1, 2))
+    want = ((np.rint(v) < -8) | (np.rint(v) > 7)).mean(axis=(1, 2))
     np.testing.assert_allclose(found["layers/mlp/up_proj/kernel"], want, atol=1e-7)
     assert want.min() > 0 and found["embed_tokens/embedding"].shape == ()
 
-    # No gradient reaches a clipped weight.
-    def total(kernel):
-        layer = {"layers": {"mlp": {"up_proj": node | {"kernel": kernel}}}}
-        return jnp.sum(fake_quant_params(policy)(layer)["layers"]["mlp"]["up_proj"]["kernel"])
 
-    gradient = np.asarray(jax.grad(total)(node["kernel"]))
-    np.testing.assert_allclose((gradient == 0).mean(axis=(1, 2)), want, atol=1e-7)
+def test_a_weight_that_rounds_to_the_end_of_its_range_is_not_clipped():
+    """7.4 and -8.4 steps are stored as 7 and -8; neither gets a gradient."""
+    policy = Policy(rules=((r"kernel", QuantSpec()),))
+    kernel = jnp.asarray([7.4, -8.4, 7.6, -8.6, 3.0, 7.0, -8.0, 0.2])[:, None]
+    node = {"kernel": kernel, "kernel_scale": jnp.ones((1, 1), jnp.float16)}
+    np.testing.assert_allclose(clipped_share({"up_proj": node}, policy)["up_proj/kernel"], 2 / 8)
+
+    def total(kernel):
+        return jnp.sum(
+            fake_quant_params(policy)({"up_proj": node | {"kernel": kernel}})["up_proj"]["kernel"]
+        )
+
+    assert jax.grad(total)(kernel)[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+    whole = QuantSpec(symmetric=False)
+    policy = Policy(rules=((r"kernel", whole),))
+    node["kernel_zero"] = jnp.full((1, 1), 8, jnp.float16)  # the range is -8 to 7 again
+    np.testing.assert_allclose(clipped_share({"up_proj": node}, policy)["up_proj/kernel"], 2 / 8)
 
 
 def test_flip_rate_counts_moved_integers():
