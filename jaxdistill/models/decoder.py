@@ -7,6 +7,7 @@ under the same paths as in the full tree, so no second whole copy of the weights
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
@@ -179,6 +180,7 @@ def run_layer(
     return y_ND, kv, seen
 
 
+@functools.lru_cache(maxsize=64)
 def make_apply(
     config: ModelConfig,
     *,
@@ -190,7 +192,9 @@ def make_apply(
     unroll: int = 1,
     attention: Implementation = "xla",
 ) -> Callable[..., Any]:
-    """Build the ``ApplyFn`` of a decoder.
+    """Build the ``ApplyFn`` of a decoder: one function for equal arguments.
+
+    What is compiled for it serves every model of that config.
 
     Args:
         config: the decoder's shape.

@@ -15,7 +15,9 @@ import jax
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import ModelConfig, config_from_hf, with_stop_ids
 from jaxdistill.models.decoder import make_apply
+from jaxdistill.models.finite import check_finite
 from jaxdistill.models.gguf import read_gguf, read_gguf_config
+from jaxdistill.models.gguf_layout import one_line
 from jaxdistill.models.hf import load_hf, read_hf_config, read_json
 from jaxdistill.models.quantized import is_quantized, load_activations, load_quantized
 from jaxdistill.models.sharding import Layout, place
@@ -29,7 +31,7 @@ from jaxdistill.quant.policy import (
 ACCEPTED = (
     "a run directory, a Hugging Face model directory, a .gguf file, or a hub name such as org/name"
 )
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _HUB_TEMPLATES = "additional_chat_templates/*.jinja"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -93,10 +95,10 @@ def load_model(source: str | Path, layout: Layout = "sharded") -> Model:
 
     Raises:
         UserError: the source is none of these, cannot be fetched or read, or has a tokenizer with
-            ids beyond the model's vocabulary.
+            ids beyond the model's vocabulary; or a weight is NaN or infinite.
     """
     text = str(source)
-    path = Path(text).expanduser()
+    path = _path_of(text)
     if path.is_dir():
         stored = next((d for d in (path, path / "student") if is_quantized(d)), None)
         if stored is not None:
@@ -120,17 +122,43 @@ def load_model(source: str | Path, layout: Layout = "sharded") -> Model:
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{text} is a file, but not a .gguf file; accepted: {ACCEPTED}")
         model = _from_gguf(path, text)
-    elif isinstance(source, str) and path.suffix.lower() != ".gguf" and _HUB_NAME.fullmatch(text):
+    elif isinstance(source, str) and path.suffix.lower() != ".gguf" and _is_hub_name(text):
         model = _from_directory(_fetch(text), text, layout)
     else:
         raise UserError(f"{text} does not exist; accepted: {ACCEPTED}; check the path")
     _check_tokenizer(model)
+    check_finite(model.params, text)
     eos: Any = None if model.tokenizer is None else model.tokenizer.eos_token_id
     return dataclasses.replace(
         model,
         config=model.config if eos is None else with_stop_ids(model.config, [int(eos)]),
         params=place(model.params, layout),
     )
+
+
+def _path_of(text: str) -> Path:
+    """Return a source as a path; raise ``UserError`` if the file system cannot have such a name."""
+    path = Path(text).expanduser()
+    try:
+        path.exists()
+    except (OSError, ValueError) as e:  # a name that is too long, or has a zero in it
+        raise UserError(
+            f"{text[:100]}... is no path and no hub name ({one_line(e)}); accepted: {ACCEPTED}"
+        ) from None
+    return path
+
+
+def _is_hub_name(text: str) -> bool:
+    """Tell whether a text can name a model on the Hub, by the Hub's own rules."""
+    if not _HUB_NAME.fullmatch(text):
+        return False
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def shipped_configs() -> tuple[str, ...]:
@@ -150,7 +178,7 @@ def load_config(source: str | Path) -> ModelConfig:
     Raises:
         UserError: it is none of these, or cannot be read.
     """
-    path, names = Path(source).expanduser(), shipped_configs()
+    path, names = _path_of(str(source)), shipped_configs()
     if str(source) in names:
         file = importlib.resources.files("jaxdistill.models") / "configs" / f"{source}.json"
         return config_from_hf(json.loads(file.read_text()))
@@ -161,7 +189,7 @@ def load_config(source: str | Path) -> ModelConfig:
         path = student if (student / "config.json").is_file() else path
         if (path / "config.json").is_file():
             return read_hf_config(path)
-    elif not path.exists() and isinstance(source, str) and _HUB_NAME.fullmatch(source):
+    elif not path.exists() and isinstance(source, str) and _is_hub_name(source):
         path = _fetch(source, ["config.json"]) / "config.json"
     if not path.is_file():
         what = "is a directory without config.json" if path.is_dir() else "does not exist"
@@ -216,7 +244,7 @@ def cached_hub_name(source: str) -> str | None:
 
     A path such as ``runs/mine`` may look like a hub name; only the cache can tell.
     """
-    if not _HUB_NAME.fullmatch(source) or Path(source).exists():
+    if not _is_hub_name(source) or Path(source).exists():
         return None
     import huggingface_hub
 

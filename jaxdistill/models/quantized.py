@@ -36,6 +36,7 @@ from jaxdistill.models.sharding import Layout, sharding_of
 from jaxdistill.models.tokenizer import Tokenizer, load_tokenizer
 from jaxdistill.paths import path_of, walk
 from jaxdistill.quant.activations import ActivationSpec
+from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import ActivationRules, Policy
 
 _MARK = "quantization.json"
@@ -115,6 +116,23 @@ def load_activations(directory: Path) -> ActivationRules:
         raise UserError(
             f"{directory / _MARK} is damaged ({type(e).__name__}: {e}); export or train it again"
         ) from None
+
+
+def load_policy(directory: Path) -> Policy:
+    """Read how what ``save_quantized`` wrote is quantized.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    activations = load_activations(directory)
+    try:
+        weights = read_object(directory / _MARK)["weights"]
+        rules = tuple((f"^{re.escape(p)}$", QuantSpec(**spec)) for p, spec in weights.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{directory / _MARK} is damaged ({type(e).__name__}: {e}); export or train it again"
+        ) from None
+    return Policy(rules=rules, activations=activations)
 
 
 def load_quantized(

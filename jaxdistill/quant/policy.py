@@ -9,6 +9,7 @@ stored integers replace the weight as ``kernel_q``. Likewise ``embedding_...``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -154,6 +155,7 @@ def fake_quant_params(policy: Policy) -> Callable[[Params], Params]:
     return lambda params: _map_weights(params, forward)
 
 
+@functools.lru_cache(maxsize=64)
 def fake_quant_activations(rules: ActivationRules) -> Callable[[str, Any], Any] | None:
     """Return ``(path, rows) -> rows`` for ``make_apply``'s ``activation``; None without rules."""
 

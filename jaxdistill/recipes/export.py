@@ -11,11 +11,13 @@ import tyro
 
 from jaxdistill.errors import UserError
 from jaxdistill.export.compressed_tensors import write_compressed_tensors
+from jaxdistill.export.formats import Format, check_format
 from jaxdistill.export.gguf import write_gguf
 from jaxdistill.export.mlx import write_mlx
 from jaxdistill.export.model_card import description, model_card, read_run
 from jaxdistill.models.hf import save_hf
-from jaxdistill.models.hub import load_model
+from jaxdistill.models.hub import load_config, load_model
+from jaxdistill.models.quantized import load_policy
 from jaxdistill.quant.policy import dequantize_params
 from jaxdistill.recipes.run_report import finished_student
 
@@ -26,7 +28,7 @@ class Export:
 
     run: Path
     """Run directory of a finished `jaxdistill quantize`."""
-    format: Literal["gguf", "compressed-tensors", "mlx", "hf"]
+    format: Format
     """gguf: llama.cpp, Q4_0 and Q8_0 blocks of the stored integers. compressed-tensors:
     transformers and vLLM, packed integers. mlx: mlx-lm, packed integers. hf: their values in float,
     for any program."""
@@ -54,7 +56,10 @@ def export(o: Export) -> Path:
         raise UserError(
             f"--float-head given with --format {o.format}; accepted: with compressed-tensors"
         )
-    model = load_model(finished_student(o.run))
+    student = finished_student(o.run)
+    config = load_config(student)
+    check_format(o.format, config, load_policy(student), pack_head=not o.float_head)
+    model = load_model(student)
     config, params, tokenizer = model.config, model.params, model.text_tokenizer()
     facts = read_run(o.run)
     if o.format == "gguf":

@@ -52,11 +52,9 @@ class Generate(Parallel):
     they are read) or int8; any model's as float, or as bfloat16, which rounds them."""
 
 
-@functools.lru_cache(maxsize=8)
 def _apply_of(
     config: ModelConfig, activations: ActivationRules, weights: Weights
 ) -> Callable[..., Any]:
-    """Return one function for models of one shape: generation is compiled once for all of them."""
     return make_apply(
         config, activation=fake_quant_activations(activations), dtype=_computed(weights)
     )

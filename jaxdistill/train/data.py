@@ -53,7 +53,7 @@ _ACCEPTED = (
     f"a file ending in {', '.join(_ENDINGS)}, a directory of such files, or the name of a hub data "
     "set such as 'owner/name' or 'owner/name:config'"
 )
-_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
 _COLUMNS = (*FIELDS, "weight")
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 _MAX_COLUMNS, _MAX_DEPTH = 256, 8

@@ -46,6 +46,20 @@ class Guard:
             raise UserError(f"--spike-sigma {self.spike_sigma} given; accepted: 0 or more")
 
 
+def _first_cause(values: Mapping[str, float | int]) -> str:
+    """Tell what is not finite first, in the order in which a step computes it."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if "nll" in bad:
+        return "the student's logits are not finite"
+    if "kl" in bad:
+        return "the teacher's logits are not finite, or the divergence of the student's from them"
+    last = {"loss": 1, "grad_norm": 2}
+    first = min(bad, key=lambda name: last.get(name, 0))
+    if first == "grad_norm":
+        return "the loss is finite, its gradient is not"
+    return f"{first} is not finite"
+
+
 class Watch:
     """Watch one run's losses, and count the batches that its rollbacks left out.
 
@@ -76,7 +90,7 @@ class Watch:
         """Say what is wrong with a step's loss or gradient; None, and remember it, if nothing."""
         loss, norm = float(values["loss"]), float(values["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"loss {loss}, gradient norm {norm}"
+            return f"loss {loss}, gradient norm {norm} ({_first_cause(values)})"
         if self.guard.spike_sigma and len(self._losses) >= LEAST:
             median = statistics.median(self._losses)
             spread = statistics.median(abs(x - median) for x in self._losses)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
+from jaxdistill.models import generate as generation
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.models.generate import Sampling, draw, generate
+from jaxdistill.models.hub import load_model
 from tests import tiny
 
 C = tiny.config()
@@ -72,3 +74,15 @@ def test_bad_input_is_named():
     )
     with pytest.raises(UserError, match="accepted: max_new_tokens >= 1"):
         Sampling(max_new_tokens=0)
+
+
+def test_an_equal_model_is_not_compiled_again(tmp_path):
+    tiny.save_model(tmp_path / "m")
+    sizes = []
+    for _ in range(3):
+        model = load_model(tmp_path / "m")
+        generate(
+            model.apply_fn(), model.params, model.config, [[5, 6]], how=Sampling(max_new_tokens=4)
+        )
+        sizes.append(generation._sample._cache_size())
+    assert sizes[0] == sizes[1] == sizes[2]

@@ -200,3 +200,13 @@ def test_unequal_vocabularies_are_refused_naming_both():
         lambda: check_same_vocabulary(a_model("big", tok=tokenizer()), a_model("small")),
         "and the student small has no tokenizer;",
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "a/b/c", "./a/b", "a--b/c", "a/b..c", "a/b.git", "-a/b", "ä/b", "x" * 300]
+)
+def test_what_is_neither_here_nor_a_hub_name_is_not_looked_up(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
+    for load in (load_model, load_config):
+        with pytest.raises(UserError, match="does not exist|is no path and no hub name"):
+            load(name)

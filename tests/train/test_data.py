@@ -165,6 +165,7 @@ def test_an_unreadable_source_is_named_in_one_line(tmp_path, monkeypatch):
     assert error_of(load_rows, "no.jsonl") == (
         f"data 'no.jsonl' does not exist; accepted: {SOURCES}; check the path"
     )
+    assert "'stories' does not exist" in error_of(load_rows, "stories")  # not owner/name
     csv = write(tmp_path / "x.csv", "a,b")
     assert error_of(load_rows, csv) == (
         f"data file {csv!r} has the ending '.csv'; accepted: {ENDINGS}; convert it"

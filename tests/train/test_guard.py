@@ -22,11 +22,16 @@ def test_a_rollback_leaves_out_the_batches_since_the_checkpoint(tmp_path, capsys
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert rows[4]["loss"] == pytest.approx(1 / 7)
     assert read_metrics(tmp_path / "r", "rollbacks.jsonl") == [
-        {"step": 4, "failed": 6, "problem": "loss nan, gradient norm 1.0", "skipped": 2}
+        {
+            "step": 4,
+            "failed": 6,
+            "problem": "loss nan, gradient norm 1.0 (loss is not finite)",
+            "skipped": 2,
+        }
     ]
     assert (
-        "loss nan, gradient norm 1.0 at step 6: back to checkpoint 4, and on without the 2 batches "
-        "since (rollback 1 of 3)\n"
+        "loss nan, gradient norm 1.0 (loss is not finite) at step 6: back to checkpoint 4, and on "
+        "without the 2 batches since (rollback 1 of 3)\n"
     ) in capsys.readouterr().err
 
 
@@ -60,7 +65,8 @@ def test_three_rollbacks_are_the_most(tmp_path):
     with pytest.raises(UserError) as e:
         go(tmp_path / "r", 9, bad=range(5, 99), guard=BACK)
     assert str(e.value).startswith(
-        "loss nan, gradient norm 1.0 at step 5, after 3 rollbacks; checkpoint 4 is kept; lower --lr"
+        "loss nan, gradient norm 1.0 (loss is not finite) at step 5, after 3 rollbacks; checkpoint "
+        "4 is kept; lower --lr"
     )
     rows = read_metrics(tmp_path / "r", "rollbacks.jsonl")
     assert [row["skipped"] for row in rows] == [2, 3, 4]
@@ -109,3 +115,19 @@ def test_no_spike_without_the_option_or_before_64_losses(tmp_path):
 def test_bad_bounds_are_named():
     with pytest.raises(UserError, match="--spike-sigma -1 given; accepted: 0 or more"):
         Guard(spike_sigma=-1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "cause"),
+    [
+        (("nll", "kl", "loss", "grad_norm"), "the student's logits"),
+        (("kl", "loss", "grad_norm"), "the teacher's logits"),
+        (("hidden_mse", "loss", "grad_norm"), "hidden_mse is not finite"),
+        (("loss", "grad_norm"), "loss is not finite"),
+        (("grad_norm",), "the loss is finite, its gradient is not"),
+    ],
+)
+def test_a_bad_loss_names_what_was_not_finite_first(bad, cause, tmp_path):
+    values = dict.fromkeys(("loss", "nll", "kl", "hidden_mse", "grad_norm"), 1.0)
+    watch = watch_of(tmp_path, [1.0], 0)
+    assert f"({cause}" in (watch.problem(values | dict.fromkeys(bad, float("nan"))) or "")

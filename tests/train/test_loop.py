@@ -97,9 +97,9 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path):
     with pytest.raises(UserError) as e:
         go(tmp_path / "r", 9, bad=[5])
     assert str(e.value) == (
-        "loss nan, gradient norm 1.0 at step 6; checkpoint 4 is kept; go on without the batches "
-        "since by --resume --on-spike rollback, or lower --lr or look at the data, then start "
-        "again in another --out"
+        "loss nan, gradient norm 1.0 (loss is not finite) at step 6; checkpoint 4 is kept; go on "
+        "without the batches since by --resume --on-spike rollback, or lower --lr or look at the "
+        "data, then start again in another --out"
     )
     with Checkpoints(tmp_path / "r" / "checkpoints") as checkpoints:
         assert checkpoints.latest == 4
