@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zlib
 from collections.abc import Collection, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 from jaxdistill.errors import UserError
 
 MANIFEST = "checksums.crc32"
+_log = logging.getLogger(__name__)
 _CHUNK = 2**20
 _THREADS = 4
 
@@ -73,15 +75,23 @@ def difference(written: Mapping[str, list[int]], now: Mapping[str, list[int]]) -
     return None
 
 
-def check_directory(directory: Path) -> None:
+def check_directory(directory: Path, editable: Collection[str] = ()) -> None:
     """Raise ``UserError`` where a file is not what ``seal`` saw; pass what has no manifest.
 
     Files that were added since do not count.
+
+    Args:
+        directory: the directory.
+        editable: names of files that a user may change; a change is noted.
     """
     if not (directory / MANIFEST).is_file():
         return
     try:
-        problem = difference(read_manifest(directory)["files"], checksums(directory))
+        written, now = read_manifest(directory)["files"], checksums(directory)
+        for name in editable:
+            if name in written and (change := difference({name: written.pop(name)}, now)):
+                _log.warning("%s: %s; it is read as it is now", directory, change)
+        problem = difference(written, now)
     except ValueError as e:
         problem = str(e)
     except OSError as e:

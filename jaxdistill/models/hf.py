@@ -27,6 +27,7 @@ from jaxdistill.models.config import (
 )
 from jaxdistill.models.decoder import Params
 from jaxdistill.models.hf_directory import (
+    EDITABLE,
     GENERATION,
     INDEX,
     WEIGHTS,
@@ -77,7 +78,7 @@ def load_hf(
             or a file differs from the directory's checksums.
     """
     directory = Path(directory)
-    on_primary(lambda: check_directory(directory), f"check {directory}")
+    on_primary(lambda: check_directory(directory, EDITABLE), f"check {directory}")
     raw = read_json(directory / "config.json", "a model directory with config.json and safetensors")
     if raw.get("quantization_config"):
         given = raw["quantization_config"]
@@ -127,7 +128,7 @@ def read_hf_config(directory: str | os.PathLike[str]) -> ModelConfig:
         UserError: a file is missing or damaged, or the model is not supported.
     """
     directory = Path(directory)
-    on_primary(lambda: check_directory(directory), f"check {directory}")
+    on_primary(lambda: check_directory(directory, EDITABLE), f"check {directory}")
     raw = read_json(directory / "config.json", "a model's config.json")
     config = _config(directory, raw)
     has_weights = any((directory / name).is_file() for name in (WEIGHTS, INDEX))

@@ -20,6 +20,8 @@ from jaxdistill.models.tokenizer import Tokenizer
 
 WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
 GENERATION = "generation_config.json"
+# What users adapt by hand: a change is noted, and no damage.
+EDITABLE = (GENERATION, "tokenizer_config.json", "chat_template.jinja", CARD)
 # A README.md with this line is a model card of ours, and is replaced with its directory.
 CARD_MARK = "<!-- Written by jaxdistill; the next export to this directory replaces it. -->"
 # What a model directory may hold beside config.json; anything else is a user's own file.

@@ -30,6 +30,7 @@ def model(tmp_path):
     directory = tmp_path / "model"
     save_hf(directory, CONFIG, tiny.params(CONFIG), tiny.byte_tokenizer())
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, TURN]}))
+    (directory / "checksums.crc32").unlink()
     return directory
 
 
@@ -139,3 +140,14 @@ def test_a_head_that_the_checkpoint_unties_stays_untied_when_quantized(model, tm
     write_mlx(tmp_path / "mlx", again.config, again.params, again.tokenizer)
     raw = json.loads((tmp_path / "mlx" / "config.json").read_text())
     assert raw["tie_word_embeddings"] is False
+
+
+def test_a_changed_generation_config_is_read_with_a_note(tmp_path, caplog):
+    """Weights that changed are damage; what users adapt by hand is not."""
+    save_hf(tmp_path / "m", CONFIG, tiny.params(CONFIG), tiny.byte_tokenizer())
+    edit(tmp_path / "m" / "generation_config.json", eos_token_id=[7])
+    assert load_model(tmp_path / "m").stop_ids == (5, 7, END)
+    assert "generation_config.json has" in caplog.text
+    edit(tmp_path / "m" / "config.json", rms_norm_eps=1e-3)
+    with pytest.raises(UserError, match="config.json has"):
+        load_model(tmp_path / "m")
