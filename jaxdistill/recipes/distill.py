@@ -54,6 +54,7 @@ from jaxdistill.recipes.signal_looks import recommended, signal_looks
 from jaxdistill.recipes.slices import watched
 from jaxdistill.recipes.trainee import Trainee, make_trainee
 from jaxdistill.recipes.transfer_set import (
+    contents_of,
     serve,
     transfer_set,
     with_teacher_text,
@@ -136,7 +137,10 @@ def _distill(
     guides = tuple(t.params for t in teachers)
     taught = None if found.answered else (guides if len(guides) != 1 else guides[0])
     _check_step(objective, rollout, schedule, student, taught, some[0])
-    run = opened.enter_context(RunDirectory(o.out, said or identity(o), resume=o.resume))
+    contents = contents_of(o, teachers, base, found)
+    run = opened.enter_context(
+        RunDirectory(o.out, said or identity(o), resume=o.resume, contents=contents)
+    )
     if o.text_from == "teacher":
         where = run.path / "teacher_text.npz"
         found = with_teacher_text(

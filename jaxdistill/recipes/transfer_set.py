@@ -18,6 +18,7 @@ from jaxdistill.kd.sequence_level import teacher_text
 from jaxdistill.kd.teacher_cache import CachedRows, check_loss, open_cache
 from jaxdistill.losses.loss import Loss
 from jaxdistill.mesh import on_primary, wait_for_all
+from jaxdistill.models.fingerprint import model_fingerprint
 from jaxdistill.models.generate import Sampling
 from jaxdistill.models.hub import Model
 from jaxdistill.recipes.cache_teacher import cache_fingerprints
@@ -29,7 +30,7 @@ from jaxdistill.train.curriculum import CurriculumBatches
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.encode import Example, encode_rows
 from jaxdistill.train.mixing import mixed_rows
-from jaxdistill.train.packing import Batch, Packed, batches, fingerprint
+from jaxdistill.train.packing import Batch, Packed, batches, batches_fingerprint, fingerprint
 from jaxdistill.train.pairing import Paired, pair_rows
 from jaxdistill.train.prompts import prompt_rows
 from jaxdistill.train.rationale import answer_rows, rationale_rows
@@ -97,6 +98,17 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
         cached, told = _cached(o, packed, student, teachers, loss)
         return TransferSet(cached, held, held_rows, told, answered=True)
     return TransferSet(packed, held, held_rows, fingerprint(packed))
+
+
+def contents_of(
+    o: Distill, teachers: list[Model], base: Model, found: TransferSet
+) -> dict[str, str]:
+    """Return fingerprints of what a run learns from, for its resume."""
+    models = {"teacher" if i == 0 else f"teacher {i + 1}": t for i, t in enumerate(teachers)}
+    models |= {"student": base} if o.student else {}
+    prints = {name: model_fingerprint(m.config, m.params) for name, m in models.items()}
+    held = batches_fingerprint(found.held)
+    return prints | {"training text": found.fingerprint, "held-out text": held}
 
 
 def _prompts_and_answers(rows: Any, student: Model) -> list[Example]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -234,8 +234,14 @@ def _check_batch(packed: Rows, batch_size: int) -> None:
 
 def fingerprint(packed: Rows) -> str:
     """Hash the arrays and their shapes to 16 hex digits: equal for equal data, in any process."""
+    return batches_fingerprint([packed[:]])
+
+
+def batches_fingerprint(batches: Iterable[Mapping[str, Any]]) -> str:
+    """Hash batches as ``fingerprint`` hashes all rows."""
     digest = hashlib.sha256()
-    for name, array in packed[:].items():
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
+    for batch in batches:
+        for name, array in batch.items():
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]

@@ -27,6 +27,8 @@ from jaxdistill.mesh import is_primary, on_primary
 from jaxdistill.models.json_text import parse_json, read_object
 from jaxdistill.train.board import Board
 
+# Options that name a model or data: what counts is what they hold, where a run knows it.
+_SOURCES = ("model", "teacher", "student", "data", "eval_data", "cache", "mix")
 _PACKAGES = ("jaxdistill", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -84,8 +86,24 @@ class RunDirectory(contextlib.AbstractContextManager):
     several processes the first one writes, and stands for all.
     """
 
-    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        options: Mapping[str, Any],
+        *,
+        resume: bool,
+        contents: Mapping[str, str] | None = None,
+    ) -> None:
+        """Open it.
+
+        Args:
+            path: the directory.
+            options: what makes the run what it is.
+            resume: continue the run that is there.
+            contents: fingerprints of the models and data, by what they are called. With them a
+                resumed run may find its files in other places, but not with other contents.
+        """
+        self.path, self._contents = path, dict(contents or {})
         self._board: Board | None = None
         self._lock: DirectoryLock | None = None
         try:
@@ -96,13 +114,14 @@ class RunDirectory(contextlib.AbstractContextManager):
 
     def _open(self, options: Mapping[str, Any], resume: bool) -> None:
         path = self.path
-        began = _check(path, options, resume)
+        began = _check(path, options, resume, self._contents)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = DirectoryLock(path)
             if not began:
-                _check(path, options, resume)  # as it is now, with no other writer
+                _check(path, options, resume, {})  # as it is now, with no other writer
                 known = {"options": dict(options), "environment": _environment()}
+                known |= {"contents": self._contents} if self._contents else {}
                 write_json(path / "config.json", known)
         except OSError as e:
             raise UserError(
@@ -169,13 +188,16 @@ def no_space(run: Path, error: BaseException) -> str:
     return f"{run} has no room ({reason_of(error)}); {what}; free space, then go on with --resume"
 
 
-def _check(path: Path, options: Mapping[str, Any], resume: bool) -> bool:
+def _check(
+    path: Path, options: Mapping[str, Any], resume: bool, contents: Mapping[str, str]
+) -> bool:
     """Return whether a directory holds this run; raise ``UserError`` if it can be neither."""
     check_array_path(path)
     known = path / "config.json"
     if known.is_file():
-        before = _options_of(known)
-        differs = [k for k, v in options.items() if before.get(k) != v]
+        before, stored = _started_with(known)
+        compared = options.keys() - (_SOURCES if stored and contents else ())
+        differs = [k for k, v in options.items() if k in compared and before.get(k) != v]
         if not resume:
             raise UserError(
                 f"{path} already holds a run; pass --resume to go on with it, or choose "
@@ -187,6 +209,15 @@ def _check(path: Path, options: Mapping[str, Any], resume: bool) -> bool:
                 f"{path} was started with {name}={before.get(name)!r}, now {options[name]!r} "
                 "is given; resume with the same options, or choose another --out"
             )
+        changed = [k for k in {**stored, **contents} if stored.get(k) != contents.get(k)]
+        if stored and contents and changed:
+            prints = (
+                f"{k} {stored.get(k, 'none')}, now {contents.get(k, 'none')}" for k in changed
+            )
+            raise UserError(
+                f"{path} was started with another {' and '.join(changed)} (fingerprint of the "
+                f"{'; '.join(prints)}); resume with the same, or choose another --out"
+            )
         return True
     if resume:
         raise UserError(f"{path} holds no run to resume; start it without --resume")
@@ -197,10 +228,11 @@ def _check(path: Path, options: Mapping[str, Any], resume: bool) -> bool:
     return False
 
 
-def _options_of(config: Path) -> dict[str, Any]:
-    """Return the options a run was started with; raise ``UserError`` where it is no run's file."""
+def _started_with(config: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a run's options and contents; raise ``UserError`` where it is not a run's file."""
     try:
-        return dict(read_object(config)["options"])
+        found = read_object(config)
+        return dict(found["options"]), dict(found.get("contents", {}))
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"{config.parent} exists and is not a run; choose another --out") from None
 

@@ -126,3 +126,22 @@ def test_no_run_ends_for_tensorboard(tmp_path, small_files):
     board.close()
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size <= 100
+
+
+def test_what_a_run_learns_from_may_move_but_not_change(tmp_path):
+    here = {"data": "here.jsonl", "teacher": "a", "lr": 0.1}
+    contents = {"teacher": "01", "held-out text": "02"}
+    RunDirectory(tmp_path / "r", here, resume=False, contents=contents).close()
+    there = here | {"data": "there.jsonl", "teacher": "b"}
+    RunDirectory(tmp_path / "r", there, resume=True, contents=contents).close()
+    for changes, words in (
+        ({"teacher": "03"}, "another teacher .*teacher 01, now 03"),
+        ({"teacher": "3", "held-out text": "4"}, "another teacher and held-out text .* 02, now 4"),
+        ({"student": "05"}, "another student .*student none, now 05"),
+    ):
+        with pytest.raises(UserError, match=words):
+            RunDirectory(tmp_path / "r", here, resume=True, contents=contents | changes)
+    with pytest.raises(UserError, match=r"lr=0.1, now 0.2"):
+        RunDirectory(tmp_path / "r", here | {"lr": 0.2}, resume=True, contents=contents)
+    with pytest.raises(UserError, match=r"data='here.jsonl', now 'there.jsonl'"):
+        RunDirectory(tmp_path / "r", there, resume=True)  # contents that nobody knows
