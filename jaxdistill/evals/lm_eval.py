@@ -28,6 +28,7 @@ from jaxdistill.evals.likelihood import (
 )
 from jaxdistill.models.generate import Sampling, generate
 from jaxdistill.models.hub import Model
+from jaxdistill.models.template_limits import checked_length, template_limits
 from jaxdistill.models.token_ids import encode_text
 from jaxdistill.models.tokenizer import fingerprint
 from jaxdistill.quant.policy import dequantize_params
@@ -154,14 +155,14 @@ class _Requests:
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Write a conversation as the model was taught to read it."""
-        return str(
-            self.tokenizer.apply_chat_template(
+        with template_limits():
+            text = self.tokenizer.apply_chat_template(
                 chat_history,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
-        )
+        return checked_length(str(text))
 
     def _score(
         self, pairs: Sequence[Pair], name: str, disable_tqdm: bool

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from jaxdistill.models.template_limits import checked_length, template_limits
 from jaxdistill.models.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -85,12 +86,12 @@ def render(
         source: another template.
 
     Raises:
-        TemplateError: the template rejects the messages.
+        TemplateError: the template rejects the messages, or goes beyond its limits.
     """
     source, table = _dated(source_of(tokenizer, tools) if source is None else source)
     try:
-        return str(
-            tokenizer.apply_chat_template(
+        with template_limits():
+            text = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=list(tools) if tools else None,
                 chat_template=source,
@@ -98,7 +99,7 @@ def render(
                 add_generation_prompt=prompt,
                 **table,
             )
-        )
+        return checked_length(str(text))
     except Exception as error:  # a template is a program: it can fail in every way
         raise TemplateError(_line(error)) from error
 
@@ -133,14 +134,15 @@ def generation_spans(
         return None
     source, table = _dated(source)
     try:
-        _, spans = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            tools=list(tools) if tools else None,
-            chat_template=source,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-            **table,
-        )
+        with template_limits():
+            _, spans = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                tools=list(tools) if tools else None,
+                chat_template=source,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+                **table,
+            )
     except Exception as error:
         raise TemplateError(_line(error)) from error
     return [(int(start), int(stop)) for start, stop in spans[0]]
