@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 PAUSES = (0.5, 2.0)  # seconds before the second and the third try of a write
 LOCK = ".lock"
+_NAME_BYTES = 255
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What may be over in a moment: a network file system's hiccups, a device that answers late.
@@ -83,6 +84,23 @@ def retried(write: Callable[[], T]) -> T:
                 raise
         time.sleep(pause)
     return write()
+
+
+def check_name(flag: str, value: str) -> None:
+    """Raise ``UserError`` where a path cannot be: a name over 255 bytes, bytes that are not UTF-8.
+
+    Args:
+        flag: the option that the path was given with.
+        value: the path.
+    """
+    try:
+        longest = max(len(part.encode()) for part in value.split("/"))
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {value!a} given; accepted: a path in UTF-8") from None
+    if longest > _NAME_BYTES:
+        raise UserError(
+            f"{flag} has a name of {longest} bytes; accepted: at most {_NAME_BYTES} between slashes"
+        )
 
 
 def create(path: Path) -> int:

@@ -6,11 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
+from jaxdistill._disk import check_name
 from jaxdistill._notes import notes_on_stderr
 from jaxdistill._signals import Stopped, heard
 from jaxdistill.errors import UserError
@@ -108,11 +110,19 @@ _JOBS: dict[str, tuple[type, Callable[[Any], Any], _Show | None]] = {
     "generate": (Generate, generate, lambda _, __, text: print(text)),
     "demo": (Demo, demo, None),
 }
+_PATHS = ("model", "teacher", "student", "data", "eval_data", "mix")  # and all of type Path
 VERBS = {verb: options for verb, (options, *_) in _JOBS.items()}
 
 
 def run(options: Any) -> None:
     """Do what the parsed options ask for; results go to stdout, progress to stderr."""
+    for name, value in vars(options).items():
+        if isinstance(value, Path) or name in _PATHS:
+            for path in value if isinstance(value, tuple) else (value,):
+                if path is not None:
+                    # Several teachers are separated by commas.
+                    text = str(path).replace(",", "/") if name == "teacher" else str(path)
+                    check_name(f"--{name.replace('_', '-')}", text)
     if getattr(options, "hosts", None) is not None:
         join_hosts(options.hosts)
         if not is_primary():  # what is said is said once

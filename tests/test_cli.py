@@ -126,3 +126,17 @@ def test_unwanted_resume_and_rerun_are_refused(inputs, tmp_path, capsys):
     assert "already holds a run; pass --resume" in fails(capsys, *args)
     said = fails(capsys, *args, "--resume", "--lr", "0.5")
     assert "was started with lr=0.0001, now 0.5 is given" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("--out", "r/" + "é" * 128, "--out has a name of 256 bytes"),
+        ("--data", "x" * 300, "--data has a name of 300 bytes"),
+        ("--model", "a\udcff", r"--model 'a\udcff' given"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_refused_first(name, value, message, capsys):
+    options = {"--model": "m", "--data": "d", "--out": "o"} | {name: value}
+    said = fails(capsys, "quantize", *(word for pair in options.items() for word in pair))
+    assert said.startswith(message)
