@@ -42,7 +42,7 @@ def test_help_is_there_for_every_verb(verb, capsys):
 def test_evaluate_prints_json_as_its_last_line(inputs, capsys):
     model, data = inputs
     args = ["evaluate", "--model", model, "--teacher", model, "--data", data, "--seq-len", "32"]
-    main([*args, "--no-packing", "--json"])
+    main([*args, "--packing", "none", "--json"])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["kl"] == pytest.approx(0, abs=1e-5) and result["agreement"] == 1
     assert result["tokens"] == 6 * 31

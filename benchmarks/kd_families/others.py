@@ -85,7 +85,7 @@ def sums() -> Any:
         ),
     }
     asked = answers(held.select(range(100)))
-    judged = pack_rows(asked, full, SEQ_LEN, "completion", packing=False)
+    judged = pack_rows(asked, full, SEQ_LEN, "completion", packing="none")
     teacher, rows = cut_vocabulary(full, [*layouts.values(), judged])
     held_batches = eval_batches_of(rows[-1], 8)
     student = student_from(teacher, CUT, 0)

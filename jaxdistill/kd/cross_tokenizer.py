@@ -20,8 +20,8 @@ from jaxdistill.models.decoder import ApplyFn, Output, Params
 
 def _places(batch: Batch, prefix: str = "") -> tuple[Array, Array]:
     """Return each place's next token and whether it counts, ``[B, T]``."""
-    names = ("tokens", "loss_mask")
-    own = {name: batch[prefix + name] for name in names}
+    names = ("tokens", "loss_mask", "segment_ids")
+    own = {name: batch[prefix + name] for name in names if prefix + name in batch}
     targets, mask = next_token_targets(own)
     return targets.reshape(own["tokens"].shape), mask.reshape(own["tokens"].shape)
 

@@ -47,11 +47,15 @@ class Objective(Protocol):
 def next_token_targets(batch: Batch) -> tuple[Array, Array]:
     """Return each place's next token and whether it counts, both ``[B*T]``.
 
-    ``batch["loss_mask"]`` marks tokens that are targets; the place before predicts them. The first
-    token of a segment is never one.
+    ``loss_mask`` marks tokens that are targets, all if it is missing; the place before predicts
+    them. Where there are ``segment_ids``, both places must be of one segment, and not padding.
     """
     targets = jnp.roll(batch["tokens"], -1, axis=1)
-    mask = jnp.roll(batch["loss_mask"].astype(bool), -1, axis=1).at[:, -1].set(False)
+    is_target = batch.get("loss_mask", jnp.ones(targets.shape, bool)).astype(bool)
+    mask = jnp.roll(is_target, -1, axis=1).at[:, -1].set(False)
+    if "segment_ids" in batch:
+        segments = batch["segment_ids"]
+        mask &= (segments == jnp.roll(segments, -1, axis=1)) & (segments != 0)
     return targets.reshape(-1), mask.reshape(-1)
 
 

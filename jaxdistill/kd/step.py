@@ -128,7 +128,13 @@ def make_step(
     """
     tx = with_extra_args(tx)
 
+    if accumulate < 1:
+        raise UserError(f"accumulate is {accumulate}; accepted: 1 or more")
+
     def step(state: TrainState, teacher_params: Any, batch: Batch):
+        rows = len(jax.tree.leaves(batch)[0])
+        if rows % accumulate:
+            raise UserError(f"accumulate={accumulate} does not divide a batch of {rows} rows")
         parts = frozen_parts(tx, state.params)
         _check_state(tx, state, parts)
         trainable, frozen = partition(state.params, parts)

@@ -33,8 +33,8 @@ _SHARD = re.compile(rf"(\d{{5,12}})\.(?:{'|'.join(PARTS)})\.npy")
 _WHAT = {
     "model": "give the teacher that was cached, or cache this one",
     "tokenizer": "give a student of the teacher's family, or cache a teacher of this tokenizer",
-    "data": "give the data and options (--data, --eval-data, --seq-len, --loss-on) that were cached"
-    ", or cache these",
+    "data": "give the data and options (--data, --eval-data, --seq-len, --loss-on, --packing, "
+    "--curriculum) that were cached, or cache these",
 }
 
 

@@ -45,6 +45,7 @@ from jaxdistill.report.signal_arrays import arrays_of, labelled, number_of
 from jaxdistill.report.signal_page import signal_page
 from jaxdistill.report.signal_plots import draw_signal
 from jaxdistill.train.data import load_rows
+from jaxdistill.train.packing import Packing
 from jaxdistill.train.run_directory import write_json
 
 # The options of a run that say what its PTQ is.
@@ -75,6 +76,8 @@ class Analyze(Parallel):
     """Rows a batch; a gradient is of one batch, as in a training step."""
     seq_len: int = 256
     """Tokens a row."""
+    packing: Packing = "best-fit"
+    """How texts share rows, see `jaxdistill quantize`."""
     remat: Remat = "full"
     """What the backward pass makes again, see `jaxdistill quantize`."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -97,7 +100,14 @@ def analyze(o: Analyze, console: Console | None = None) -> dict[str, Any]:
     policy = policy_of(job, teacher)
     assert policy is not None  # Quantize has no float student
     trained = None if o.run is None else _student(o.run, teacher)
-    packed = pack_rows(load_rows(o.data), teacher, o.seq_len, add_eos=False)
+    packed = pack_rows(
+        load_rows(o.data),
+        teacher,
+        o.seq_len,
+        packing=o.packing,
+        add_eos=False,
+        console=console,
+    )
     data = eval_batches_of(packed, o.batch_size, o.eval_tokens)
 
     with console.status("quantizing"):

@@ -25,7 +25,7 @@ from jaxdistill.models.tokenizer import fingerprint as tokenizer_fingerprint
 from jaxdistill.recipes.parallel import Parallel, parallel
 from jaxdistill.recipes.prepare import pack_rows, split_rows
 from jaxdistill.train.data import load_rows
-from jaxdistill.train.packing import fingerprint
+from jaxdistill.train.packing import Packing, fingerprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,10 @@ class CacheTeacher(Parallel):
     """How several teachers become one: mean, confidence or agreement."""
     seq_len: int = 512
     """Tokens a row, as the student will be trained."""
+    packing: Packing = "best-fit"
+    """How texts share rows, as the student will be trained: best-fit, wrap, none."""
+    curriculum: Literal["none", "length"] = "none"
+    """length packs texts of like length together, for a student that is trained with it."""
     batch_size: int = 8
     """Rows that the teacher reads at once."""
     loss_on: Literal["all", "completion"] = "all"
@@ -121,10 +125,19 @@ def cache_teacher(o: CacheTeacher, console: Console | None = None) -> dict[str, 
     names = _check(o)
     rows = load_rows(o.data)
     if o.eval_data is None:
-        rows, _ = split_rows(rows, o.data)
+        rows, _ = split_rows(rows, o.data, console)
     teachers = [load_model(name).floats() for name in names]
     sizes = [check_same_vocabulary(teachers[0], t) for t in teachers[1:]]
-    packed = pack_rows(rows, teachers[0], o.seq_len, o.loss_on)
+    packed = pack_rows(
+        rows,
+        teachers[0],
+        o.seq_len,
+        o.loss_on,
+        o.packing,
+        by_length=o.curriculum == "length",
+        name="training data",
+        console=console,
+    )
     for other in teachers[1:]:
         if o.seq_len > other.config.max_position_embeddings:
             raise UserError(
@@ -162,6 +175,7 @@ def cache_teacher(o: CacheTeacher, console: Console | None = None) -> dict[str, 
     seconds = time.perf_counter() - began
     return {
         "rows": len(packed),
+        "packing": dataclasses.asdict(packed.counts) if packed.counts else None,
         "tokens": packed.tokens.size,
         "bytes": sum(file.stat().st_size for file in cache.path.glob("*.npy")),
         "bytes_per_token": cache.header.bytes_per_token,

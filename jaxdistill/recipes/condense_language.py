@@ -51,7 +51,7 @@ def learn_rows(
     assert o.model is not None  # says Condense
     rows = mixed_rows(load_rows(o.data), o.mix)
     model = load_model(o.model).floats()
-    packed = pack_rows(rows, model, o.seq_len)
+    packed = pack_rows(rows, model, o.seq_len, console=console)
     picked = _first_rows(o, packed)
     student, params = _student_of(o, model)
     teacher, guide = model.apply_fn(), jax.tree.map(jnp.asarray, model.params)

@@ -26,8 +26,9 @@ from jaxdistill.models.hub import Model, load_model
 from jaxdistill.recipes.condense_data import cached_features, check_real
 from jaxdistill.recipes.condense_options import Condense, condense_identity
 from jaxdistill.recipes.condense_report import settings_of
-from jaxdistill.train.data import encode_rows, load_rows, no_packing
+from jaxdistill.train.data import encode_rows, load_rows, pack
 from jaxdistill.train.labelled import Labelled
+from jaxdistill.train.pieces import crop
 from jaxdistill.train.run_directory import RunDirectory
 from jaxdistill.train.slices import slices_of
 
@@ -113,7 +114,7 @@ def text_scores(
     rows = np.asarray([i for i, e in enumerate(examples) if len(e.tokens) >= 2])
     if not len(rows):
         raise UserError(f"data {o.data!r} has no text of two tokens or more; give longer texts")
-    packed = no_packing([examples[i] for i in rows], o.seq_len)
+    packed = pack([crop(examples[i], 0, o.seq_len) for i in rows], o.seq_len, packing="none")
     objective = kd_objective(model.apply_fn(remat="full"), None, "ce", fused=False)
     loss = objective_loss(objective)
     score = row_scores(

@@ -59,6 +59,7 @@ from jaxdistill.recipes.transfer_set import (
     transfer_set,
     with_teacher_text,
     with_vocabulary,
+    write_counts,
 )
 from jaxdistill.train.checkpoint import recover
 from jaxdistill.train.loop import Look, train
@@ -114,7 +115,7 @@ def _distill(
     crossed = bool(loss.of_kind("cross_tokenizer"))
     sizes = [] if crossed else [check_same_vocabulary(t, base) for t in teachers]
     shared = min(sizes, default=base.config.vocab_size)
-    found = transfer_set(o, base, teachers, loss)
+    found = transfer_set(o, base, teachers, loss, console)
     if isinstance(found.rows, CachedRows):
         shared = min(shared, found.rows.cache.header.vocab_size)
     plain = [t.apply_fn(dtype=jnp.dtype(o.dtype)) for t in teachers]
@@ -141,6 +142,7 @@ def _distill(
     run = opened.enter_context(
         RunDirectory(o.out, said or identity(o), resume=o.resume, contents=contents)
     )
+    write_counts(run.path, found)
     if o.text_from == "teacher":
         where = run.path / "teacher_text.npz"
         found = with_teacher_text(

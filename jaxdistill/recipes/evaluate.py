@@ -28,6 +28,7 @@ from jaxdistill.recipes.parallel import Parallel, parallel
 from jaxdistill.recipes.prepare import eval_batches_of, pack_rows
 from jaxdistill.recipes.slices import Texts, masks_of, of_questions
 from jaxdistill.train.data import load_rows
+from jaxdistill.train.packing import Packing
 from jaxdistill.train.slices import described
 
 TEXT = "text"  # the name of --data among what has slices
@@ -54,8 +55,9 @@ class Evaluate(Parallel):
     """Tokens a row of text."""
     batch_size: int = 8
     """Rows a batch of text."""
-    packing: bool = True
-    """Pack texts into full rows; without it each text has its own row, cut at seq-len."""
+    packing: Packing = "best-fit"
+    """How texts share rows: best-fit keeps each whole where it fits, wrap cuts one stream at every
+    row's end, none gives each a row."""
     loss_on: Literal["all", "completion"] = "all"
     """Tokens that count: all, or the answers of chat rows alone."""
     slice: tuple[str, ...] = ()
@@ -102,7 +104,15 @@ def evaluate(o: Evaluate, console: Console | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if rows is not None:
         shared = None if teacher is None else check_same_vocabulary(teacher, model)
-        packed = pack_rows(rows, model, o.seq_len, o.loss_on, o.packing, add_eos=False)
+        packed = pack_rows(
+            rows,
+            model,
+            o.seq_len,
+            o.loss_on,
+            o.packing,
+            add_eos=False,
+            console=console or Console(stderr=True),
+        )
         own, guide = model.apply_fn(), None if teacher is None else teacher.apply_fn()
         score = functools.partial(kd_objective, vocab_size=shared)
         result |= make_evaluator(score(own, guide))(

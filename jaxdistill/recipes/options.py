@@ -23,6 +23,7 @@ from jaxdistill.quant.lattice import QuantSpec, Ranges
 from jaxdistill.quant.policy import Policy, default_policy
 from jaxdistill.recipes.parallel import Parallel
 from jaxdistill.train.guard import Guard, OnSpike
+from jaxdistill.train.packing import Packing
 
 # A run may be gone on with elsewhere, and on other devices.
 _NOT_THE_RUN = (
@@ -110,8 +111,12 @@ class Training(Parallel):
     batch_size: int = 8
     """Rows a step."""
     seq_len: int = 512
-    """Tokens a row; texts are packed, and do not see each other. Learned rows have their own
+    """Tokens a row; texts that share a row do not see each other. Learned rows have their own
     length."""
+    packing: Packing = "best-fit"
+    """How texts share rows: best-fit keeps each whole where it fits, wrap cuts one stream at every
+    row's end, none gives each a row. A text longer than a row
+    is cut, a chat with the loss on its answers is truncated."""
     lr: float = 1e-4
     """Peak learning rate of AdamW: linear warm-up, cosine decay."""
     weight_decay: float = 0.0

@@ -26,6 +26,7 @@ from jaxdistill.report.table import (
     slices_table,
 )
 from jaxdistill.report.theme import write_pictures
+from jaxdistill.train.packing import Counts
 from jaxdistill.train.run_directory import RunDirectory, read_metrics, write_json
 
 Results = dict[str, dict[str, float | int]]
@@ -94,7 +95,7 @@ def report_run(
     known = read_object(run.path / "config.json")
     page = RunPage(
         title=f"A jaxdistill run: {title}",
-        facts=facts_of(known["options"]),
+        facts=facts_of(known["options"]) + data_facts(run.path / "data.json"),
         warnings=[_sentence(w) for w in said],
         results=results,
         metrics={"student": read_metrics(run.path)},
@@ -112,6 +113,13 @@ def report_run(
         console.print(slices_table(plain, BY))
     for warning in said:
         console.print(f"[yellow]warning: {escape(warning)}", soft_wrap=True)
+
+
+def data_facts(path: Path) -> list[str]:
+    """Say what became of the texts' tokens, from a run's ``data.json``."""
+    names = {"train": "training data", "held_out": "held-out data"}
+    found = read_object(path) if path.is_file() else {}
+    return [f"{names[k]}: {Counts(**v)}" for k, v in found.items()]
 
 
 def facts_of(options: Mapping[str, Any]) -> list[str]:

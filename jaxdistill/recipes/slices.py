@@ -14,8 +14,9 @@ from jaxdistill.evals.slices import ItemSums
 from jaxdistill.models.hub import Model
 from jaxdistill.recipes.options import Training
 from jaxdistill.recipes.prepare import check_length
-from jaxdistill.train.encode import Example, encode_rows
-from jaxdistill.train.packing import Batch, eval_batches, no_packing
+from jaxdistill.train.encode import encode_rows
+from jaxdistill.train.packing import Batch, eval_batches, pack
+from jaxdistill.train.pieces import crop, split
 from jaxdistill.train.slices import Described, described, slices_of
 
 
@@ -23,7 +24,7 @@ class Texts:
     """Hold texts laid out so that each can be scored alone: in rows that no two of them share.
 
     Args:
-        rows: the texts; one longer than a row is cut into several.
+        rows: the texts; one longer than a row is treated as ``train.pieces.split`` says.
         model: gives the tokenizer.
         seq_len: tokens of a row.
         loss_on: see ``train.encode``.
@@ -47,19 +48,13 @@ class Texts:
         self.count = len(examples)
         if tokens:
             self.count = min(self.count, 1 + int(np.searchsorted(lengths, tokens)))
-        pieces, owner = [], []
-        for number, example in enumerate(examples[: self.count]):
-            for start in range(0, len(example.tokens), seq_len):
-                ids = example.tokens[start : start + seq_len]
-                mask = example.loss_mask[start : start + seq_len].copy()
-                mask[:1] = False
-                if mask.any():
-                    pieces.append(Example(tokens=ids, loss_mask=mask))
-                    owner.append(number)
-        if not pieces:
+        pieces = split(examples[: self.count], seq_len)
+        self.owner = pieces.example
+        if not len(self.owner):
             raise UserError("the evaluation data hold no target token; give longer texts")
-        self.owner = np.array(owner)
-        packed = no_packing(pieces, seq_len, pad_id=cast(int, tokenizer.pad_token_id or 0))
+        pad = cast(int, tokenizer.pad_token_id or 0)
+        crops = [crop(examples[i], at, at + n) for i, at, n in zip(*pieces, strict=True)]
+        packed = pack(crops, seq_len, packing="none", pad_id=pad)
         self.batches: list[Batch] = eval_batches(packed, batch_size)
 
     def sums(self, evaluate: RowEvaluator, params: Any, teacher_params: Any) -> ItemSums:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,16 +26,31 @@ from jaxdistill.models.hub import Model
 from jaxdistill.recipes.cache_teacher import cache_fingerprints
 from jaxdistill.recipes.learned_rows import check_learned, learned_rows
 from jaxdistill.recipes.options import Distill
-from jaxdistill.recipes.prepare import check_length, eval_batches_of, pack_rows, split_rows
+from jaxdistill.recipes.prepare import (
+    check_length,
+    counts_of,
+    eval_batches_of,
+    pack_rows,
+    say_counts,
+    split_rows,
+)
 from jaxdistill.train.chat_rows import row_form
-from jaxdistill.train.curriculum import CurriculumBatches
+from jaxdistill.train.curriculum import CurriculumBatches, text_lengths
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.encode import Example, encode_rows
 from jaxdistill.train.mixing import mixed_rows
-from jaxdistill.train.packing import Batch, Packed, batches, batches_fingerprint, fingerprint
+from jaxdistill.train.packing import (
+    Batch,
+    Counts,
+    Packed,
+    batches,
+    batches_fingerprint,
+    fingerprint,
+)
 from jaxdistill.train.pairing import Paired, pair_rows
 from jaxdistill.train.prompts import prompt_rows
 from jaxdistill.train.rationale import answer_rows, rationale_rows
+from jaxdistill.train.run_directory import write_json
 
 
 class TransferSet(NamedTuple):
@@ -44,17 +61,23 @@ class TransferSet(NamedTuple):
         held: the batches that are evaluated.
         held_rows: the texts that they were made of.
         fingerprint: of the training rows, kept with each checkpoint.
+        held_counts: what became of the texts' tokens in the batches' rows.
         answered: whether the rows bring their teacher's answers, and no live one trains.
+        by_length: whether rows come in the order of their texts' length.
     """
 
     rows: Any
     held: list[Batch]
     held_rows: Any
     fingerprint: str
+    held_counts: Counts | None = None
     answered: bool = False
+    by_length: bool = False
 
 
-def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) -> TransferSet:
+def transfer_set(
+    o: Distill, student: Model, teachers: list[Model], loss: Loss, console: Console
+) -> TransferSet:
     """Load, split and lay out the data that the options name, with the student's tokenizer.
 
     Raises:
@@ -65,7 +88,7 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
         check_learned(learned, o, student, teachers, loss)
     rows: Any = load_rows(o.data) if learned is None else learned
     if o.eval_data is None:
-        rows, held_rows = cast(Any, split_rows(rows, o.data))
+        rows, held_rows = cast(Any, split_rows(rows, o.data, console))
     else:
         held_rows = cast(Any, load_rows(o.eval_data))
     if o.mix and (learned is not None or o.cache is not None):
@@ -77,14 +100,25 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
         held_rows = answer_rows(held_rows)
     for teacher in [] if loss.of_kind("cross_tokenizer") else teachers:
         check_length(o.seq_len, teacher)
-    held = pack_rows(held_rows, student, o.seq_len, o.loss_on, add_eos=False)
-    held = eval_batches_of(held, o.batch_size, o.eval_tokens)
+    packing = functools.partial(
+        pack_rows, model=student, seq_len=o.seq_len, loss_on=o.loss_on, packing=o.packing
+    )
+    held = packing(held_rows, add_eos=False, name="held-out data", console=console)
+    made = functools.partial(
+        TransferSet,
+        held=eval_batches_of(held, o.batch_size, o.eval_tokens),
+        held_rows=held_rows,
+        held_counts=held.counts,
+    )
     if learned is not None:
-        return TransferSet(learned, held, held_rows, fingerprint(learned), answered=True)
+        return made(rows=learned, fingerprint=fingerprint(learned), answered=True)
     if loss.of_kind("cross_tokenizer"):
         paired = _paired(o, rows, student, teachers)
-        return TransferSet(paired, held, held_rows, fingerprint(paired))
-    if o.on_policy or o.text_from == "teacher":
+        say_counts(console, "training data", paired)
+        return made(rows=paired, fingerprint=fingerprint(paired))
+    generates = o.on_policy > 0 or o.text_from == "teacher"
+    by_length = o.curriculum == "length" and not generates
+    if generates:
         check_length(o.seq_len, student)
         packed = prompt_rows(
             _prompts_and_answers(rows, student),
@@ -92,12 +126,13 @@ def transfer_set(o: Distill, student: Model, teachers: list[Model], loss: Loss) 
             prompt_length=o.prompt_length,
             pad_id=cast(int, student.text_tokenizer().pad_token_id or 0),
         )
+        say_counts(console, "training data", packed)
     else:
-        packed = pack_rows(rows, student, o.seq_len, o.loss_on)
+        packed = packing(rows, by_length=by_length, name="training data", console=console)
     if o.cache is not None:
         cached, told = _cached(o, packed, student, teachers, loss)
-        return TransferSet(cached, held, held_rows, told, answered=True)
-    return TransferSet(packed, held, held_rows, fingerprint(packed))
+        return made(rows=cached, fingerprint=told, answered=True, by_length=by_length)
+    return made(rows=packed, fingerprint=fingerprint(packed), by_length=by_length)
 
 
 def contents_of(
@@ -218,6 +253,13 @@ def _save(where: Path, arrays: Any) -> None:
     write_whole(where, file.getvalue())
 
 
+def write_counts(run: Path, found: TransferSet) -> None:
+    """Write ``data.json``: what became of the tokens of training and held-out texts."""
+    known = {"train": counts_of(found.rows), "held_out": found.held_counts}
+    counts = {k: dataclasses.asdict(v) for k, v in known.items() if v is not None}
+    on_primary(lambda: write_json(run / "data.json", counts), f"write {run / 'data.json'}")
+
+
 def serve(
     o: Distill, found: TransferSet, teachers: list[Model], applies: list[Any], shared: int
 ) -> Any:
@@ -225,8 +267,9 @@ def serve(
     if o.curriculum == "none":
         return batches(found.rows, batch_size=o.batch_size, seed=o.seed, per_host=True)
     if o.curriculum == "length":
-        lengths = [found.rows[i]["loss_mask"].sum() for i in range(len(found.rows))]
-        difficulty = np.array(lengths, float)
+        difficulty = (
+            np.arange(len(found.rows)) * 1.0 if found.by_length else text_lengths(found.rows)
+        )
     else:
         objective = kd_objective(applies[0], None, "ce", vocab_size=shared, by_row=True)
         difficulty = _nll_of_rows(objective, teachers[0].params, found.rows, o.batch_size)

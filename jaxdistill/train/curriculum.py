@@ -8,7 +8,17 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdistill.errors import UserError
+from jaxdistill.kd.rows import Rows
 from jaxdistill.train.packing import Batch, read_rows
+
+
+def text_lengths(rows: Rows) -> Float[np.ndarray, "N"]:
+    """Return the length of each row's longest text, in tokens.
+
+    Rows packed ``by_length`` hold texts of like lengths.
+    """
+    longest = [rows[i]["positions"].max() + 1 for i in range(len(rows))]
+    return np.array(longest, float)
 
 
 class CurriculumBatches:

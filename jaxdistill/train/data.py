@@ -31,7 +31,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.json_text import parse_json
 from jaxdistill.train.chat_rows import FIELDS, FORMS, NESTED, row_form, travelling
 from jaxdistill.train.encode import Example, encode_rows
-from jaxdistill.train.packing import Packed, batches, eval_batches, fingerprint, no_packing, pack
+from jaxdistill.train.packing import Packed, batches, eval_batches, fingerprint, pack
 from jaxdistill.train.text_file import DOCUMENT, read_lines, read_text
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "eval_batches",
     "fingerprint",
     "load_rows",
-    "no_packing",
     "pack",
 ]
 

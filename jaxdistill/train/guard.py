@@ -84,11 +84,18 @@ class Watch:
         self.rollbacks = len(rows)
         self.skipped = max([skipped, *(row["skipped"] for row in rows)])
         self._losses.clear()
-        self._losses.extend(row["loss"] for row in read_metrics(self.run.path)[-WINDOW:])
+        rows = read_metrics(self.run.path)
+        self._losses.extend(row["loss"] for row in rows if "loss" in row)
 
     def problem(self, values: Mapping[str, float | int]) -> str | None:
-        """Say what is wrong with a step's loss or gradient; None, and remember it, if nothing."""
-        loss, norm = float(values["loss"]), float(values["grad_norm"])
+        """Say what is wrong with a step's loss or gradient; None, and remember it, if nothing.
+
+        A step without a target has no loss.
+        """
+        norm = float(values["grad_norm"])
+        if "loss" not in values:
+            return None if math.isfinite(norm) else f"gradient norm {norm}"
+        loss = float(values["loss"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"loss {loss}, gradient norm {norm} ({_first_cause(values)})"
         if self.guard.spike_sigma and len(self._losses) >= LEAST:

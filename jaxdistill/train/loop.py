@@ -95,7 +95,7 @@ def train(
             began = time.perf_counter()
             batch = place_batch(data[done + watch.skipped])
             state, metrics = step(state, teacher_params, batch)
-            values = {metric: _value(of) for metric, of in metrics.items()}
+            values = _values(metrics)
             seconds = time.perf_counter() - began
             done += 1
             if problem := watch.problem(values):
@@ -108,6 +108,8 @@ def train(
                 watch.take_up(done, checkpoints.skipped(done))
                 progress.update(task, completed=done)
                 continue
+            if "loss" not in values:  # a batch without a target says nothing
+                values = {}
             unit, count = ("tokens", batch["tokens"].size) if "tokens" in batch else ("steps", 1)
             speed = count / seconds
             values |= {f"{unit}_per_second": speed, "seconds": seconds}
@@ -125,13 +127,16 @@ def train(
                 )
                 raise stop.stopped(f" after step {done}; {kept}; go on with --resume")
             rate = f"{speed:,.{1 if speed < 100 else 0}f} {unit}/s"
-            progress.update(task, advance=1, loss=f"loss {values['loss']:.4f}", rate=rate)
+            progress.update(task, advance=1, loss=_loss_text(values), rate=rate)
     return state
 
 
-def _value(metric: Any) -> float:
-    """Return a metric as one number: itself, or the mean of a sum and a count."""
-    if isinstance(metric, tuple):
-        total, count = metric
-        return float(total) / (float(count) or 1.0)
-    return float(metric)
+def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return each metric as one number: itself, or the mean of a sum and a count if that is > 0."""
+    means = {k: v if isinstance(v, tuple) else (v, 1.0) for k, v in metrics.items()}
+    numbers = {k: (float(total), float(count)) for k, (total, count) in means.items()}
+    return {k: total / count for k, (total, count) in numbers.items() if count}
+
+
+def _loss_text(values: Mapping[str, float | int]) -> str:
+    return f"loss {values['loss']:.4f}" if "loss" in values else "no target"

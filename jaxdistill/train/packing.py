@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import grain
 import numpy as np
@@ -16,13 +16,66 @@ from jaxdistill.errors import UserError
 from jaxdistill.kd.rows import Rows
 from jaxdistill.mesh import HostRows, own_rows
 from jaxdistill.train.encode import Example
+from jaxdistill.train.pieces import (
+    Pieces,
+    best_fit,
+    check_length,
+    lengths_of,
+    next_fit,
+    split,
+    target_mask,
+    token_weights,
+    wrapped,
+)
 
 Batch = dict[str, np.ndarray]
+Packing = Literal["best-fit", "wrap", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """The tokens of some examples, by what became of them in rows.
+
+    ``targets + masked + padded`` is the size of the rows, and ``targets + masked + truncated +
+    dropped`` all tokens of the examples.
+
+    Attributes:
+        examples: examples.
+        rows: rows.
+        targets: tokens in the rows that are predicted.
+        masked: tokens in the rows that are not.
+        padded: places of the rows that hold padding.
+        cut: tokens in the rows, in a segment that does not begin where their example does.
+        truncated: tokens of an example in the rows that are not: those beyond its row.
+        dropped: tokens of what was dropped because it had no target.
+    """
+
+    examples: int
+    rows: int
+    targets: int
+    masked: int
+    padded: int
+    cut: int
+    truncated: int
+    dropped: int
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        places = max(1, self.targets + self.masked + self.padded)
+        parts = [
+            f"{self.targets:,} targets",
+            f"{self.masked:,} without a target",
+            f"{self.padded:,} padding ({self.padded / places:.1%})",
+        ]
+        parts += [f"{self.cut:,} cut off from the start of their text"] if self.cut else []
+        parts += [f"{self.truncated:,} truncated"] if self.truncated else []
+        parts += [f"{self.dropped:,} dropped for want of a target"] if self.dropped else []
+        return f"{self.examples:,} texts in {self.rows:,} rows; tokens: {', '.join(parts)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
-    """Hold N rows of T tokens.
+    """N rows of T tokens.
 
     Attributes:
         tokens: token ids, the padding id where ``segment_ids`` is 0.
@@ -32,6 +85,7 @@ class Packed:
             not attend to each other.
         positions: 0, 1, ... within each segment; 0 for padding.
         weights: of each token as a target; None where all weigh 1, and then left out of batches.
+        counts: what became of the examples' tokens; None where that is not known.
     """
 
     tokens: Int32[np.ndarray, "N T"]
@@ -39,6 +93,7 @@ class Packed:
     segment_ids: Int32[np.ndarray, "N T"]
     positions: Int32[np.ndarray, "N T"]
     weights: Float32[np.ndarray, "N T"] | None = None
+    counts: Counts | None = None
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -47,113 +102,142 @@ class Packed:
     def __getitem__(self, index: int | slice) -> Batch:
         """Give one row, arrays [T], or a slice of rows, arrays [B, T]."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: array[index] for name, array in arrays.items() if array is not None}
+        return {name: a[index] for name, a in arrays.items() if isinstance(a, np.ndarray)}
 
     @property
-    def num_targets(self) -> int:
+    def numtargets_of(self) -> int:
         """Count the tokens that are predicted."""
         return int(self.loss_mask.sum())
 
 
-def pack(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) -> Packed:
-    """Concatenate the examples in order and cut the stream into rows, without a gap.
+def pack(
+    examples: Sequence[Example],
+    seq_len: int,
+    *,
+    packing: Packing = "best-fit",
+    by_length: bool = False,
+    pad_id: int = 0,
+) -> Packed:
+    """Lay the examples out in rows of ``seq_len`` tokens.
 
-    An example that a row's border cuts goes on in the next row as a segment of its own, whose
-    first token is not a target: n tokens cut into k pieces have n-k targets where ``loss_mask``
-    was true for all but the first. Only the last row is padded.
+    - ``best-fit``: several examples a row, each in one piece where it fits (best-fit decreasing:
+      longest first, each into the fullest row that has room). Rows are in the order of their first
+      examples.
+    - ``wrap``: one stream of all examples, cut at every ``seq_len`` tokens, without padding. An
+      example that a border cuts continues in the next row without its beginning in view.
+    - ``none``: one example a row.
+
+    An example longer than a row is truncated, except by ``best-fit`` if it is a text, all targets:
+    then it is cut into pieces (``pieces.split``). Rows without a target are dropped.
+    ``Packed.counts`` says how many tokens each of this concerns.
+
+    >>> texts = [Example(tokens=np.arange(n, dtype=np.int32), loss_mask=np.arange(n) > 0)
+    ...          for n in (3, 5, 4)]
+    >>> print(pack(texts, 8).segment_ids)
+    [[1 1 1 2 2 2 2 2]
+     [1 1 1 1 0 0 0 0]]
 
     Args:
         examples: those without tokens are skipped.
         seq_len: T, at least 2.
-        pad_id: the id that fills the last row.
+        packing: see above.
+        by_length: lay out the shortest examples first, rows in that order; with ``best-fit`` a row
+            then holds examples that follow each other.
+        pad_id: the id of padding.
 
     Raises:
-        UserError: if ``seq_len`` is below 2.
+        UserError: if ``seq_len`` is below 2, or the packing is unknown.
     """
-    lengths = _lengths(examples, seq_len)
-    total = int(lengths.sum())
-    shape = (-(-total // seq_len), seq_len)
-    tokens = np.full(shape, pad_id, np.int32)
-    loss_mask = np.zeros(shape, np.bool_)
-    starts = np.zeros(shape, np.bool_)  # where a segment begins
-    weights = _weights(examples, shape)
-    if total and weights is not None:
-        weights.reshape(-1)[:total] = np.concatenate([token_weights(e) for e in examples])
-    if total:
-        tokens.reshape(-1)[:total] = np.concatenate([e.tokens for e in examples])
-        loss_mask.reshape(-1)[:total] = np.concatenate([e.loss_mask for e in examples])
-        starts.reshape(-1)[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
-        starts[:, 0] = True
-    index = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape)
-    segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
-    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    segment_ids.reshape(-1)[total:] = 0
-    positions.reshape(-1)[total:] = 0
-    return Packed(
-        tokens=tokens,
-        loss_mask=loss_mask & ~starts,
-        segment_ids=segment_ids,
-        positions=positions,
-        weights=weights,
+    if packing not in get_args(Packing):
+        raise UserError(f"packing is {packing!r}; accepted: {', '.join(get_args(Packing))}")
+    check_length(seq_len)
+    if packing == "wrap":
+        lengths = lengths_of(examples)
+        order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(examples))
+        pieces, row = wrapped(lengths, order, seq_len)
+    else:
+        pieces = split(examples, seq_len, cut_texts=packing == "best-fit")
+        if by_length:
+            pieces = pieces.take(np.argsort(pieces.length, kind="stable"))
+        if packing == "none":
+            row = np.arange(len(pieces.length))
+        else:
+            row = (next_fit if by_length else best_fit)(pieces.length, seq_len)
+    return _lay_out(examples, pieces, row, seq_len, pad_id)
+
+
+def recount(packed: Packed, examples: Sequence[Example], kept: Sequence[int]) -> Packed:
+    """Count again where the rows hold a crop each of the ``kept`` examples, by index, in order."""
+    lengths, counts = lengths_of(examples), packed.counts
+    assert counts is not None  # pack made the rows
+    inside = int(lengths[list(kept)].sum())
+    truncated, dropped = inside - counts.targets - counts.masked, int(lengths.sum()) - inside
+    counts = dataclasses.replace(
+        counts, examples=len(examples), truncated=truncated, dropped=dropped
     )
+    return dataclasses.replace(packed, counts=counts)
 
 
-def no_packing(examples: Sequence[Example], seq_len: int, *, pad_id: int = 0) -> Packed:
-    """Give every example a row of its own, truncated or padded to ``seq_len`` tokens.
-
-    Examples of fewer than two tokens, which have nothing to predict, are dropped.
-
-    Args:
-        examples: in the order of the rows.
-        seq_len: T, at least 2.
-        pad_id: the id that fills the rows.
-
-    Raises:
-        UserError: if ``seq_len`` is below 2.
-    """
-    lengths = _lengths(examples, seq_len)
-    kept = [e for e, n in zip(examples, lengths, strict=True) if n >= 2]
-    lengths = np.minimum(lengths[lengths >= 2], seq_len)
+def _lay_out(
+    examples: Sequence[Example],
+    pieces: Pieces,
+    row: Int[np.ndarray, "P"],
+    seq_len: int,
+    pad_id: int,
+) -> Packed:
+    """Write pieces into their rows, in order; rows without a target are left out."""
+    order = np.argsort(row, kind="stable")
+    pieces, row = pieces.take(order), row[order]
+    used = np.bincount(row, pieces.length).astype(np.int64)
     index = np.arange(seq_len, dtype=np.int32)
-    filled = index[None, :] < lengths[:, None]
-    tokens = np.full(filled.shape, pad_id, np.int32)
-    loss_mask = np.zeros(filled.shape, np.bool_)
-    weights = _weights(kept, filled.shape)
-    if weights is not None:
-        weights[filled] = np.concatenate([token_weights(e)[:seq_len] for e in kept])
-    if kept:
-        tokens[filled] = np.concatenate([e.tokens[:seq_len] for e in kept])
-        loss_mask[filled] = np.concatenate([e.loss_mask[:seq_len] for e in kept])
-    loss_mask[:, 0] = False
-    return Packed(
-        tokens=tokens,
-        loss_mask=loss_mask,
-        segment_ids=filled.astype(np.int32),
-        positions=np.where(filled, index[None, :], np.int32(0)),
-        weights=weights,
+    filled = index[None, :] < used[:, None]
+    begins = np.cumsum(pieces.length) - pieces.length
+    starts = np.zeros(filled.shape, np.bool_)
+    starts[row, begins - (np.cumsum(used) - used)[row]] = True
+    positions = index - np.maximum.accumulate(np.where(starts, index, np.int32(0)), axis=1)
+    at = list(zip(*(array.tolist() for array in pieces), strict=True))
+
+    def fill(parts: list[np.ndarray], empty: Any, dtype: Any) -> np.ndarray:
+        out = np.full(filled.shape, empty, dtype)
+        if parts:
+            out[filled] = np.concatenate(parts)
+        return out
+
+    arrays = {
+        "tokens": fill([examples[i].tokens[s : s + n] for i, s, n in at], pad_id, np.int32),
+        "loss_mask": fill([target_mask(examples[i])[s : s + n] for i, s, n in at], False, np.bool_),
+        "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32) * filled,
+        "positions": np.where(filled, positions, np.int32(0)),
+    }
+    if any(e.weights is not None for e in examples):
+        weights = [token_weights(examples[i])[s : s + n] for i, s, n in at]
+        arrays["weights"] = fill(weights, 1, np.float32)
+    arrays["loss_mask"] &= ~starts
+    useful = arrays["loss_mask"].any(axis=1)
+    if not useful.all():
+        arrays = {name: array[useful] for name, array in arrays.items()}
+    counts = _counts(examples, pieces, useful[row], arrays["loss_mask"])
+    return Packed(**arrays, counts=counts)
+
+
+def _counts(
+    examples: Sequence[Example], pieces: Pieces, useful: np.ndarray, loss_mask: np.ndarray
+) -> Counts:
+    """Count what became of the examples' tokens, of which the ``useful`` pieces have a row."""
+    lengths = lengths_of(examples)
+    reach = np.bincount(pieces.example, pieces.length, len(examples)).astype(np.int64)
+    truncated = int((lengths - reach)[reach > 0].sum())
+    kept, targets = int(pieces.length[useful].sum()), int(loss_mask.sum())
+    return Counts(
+        examples=len(examples),
+        rows=len(loss_mask),
+        targets=targets,
+        masked=kept - targets,
+        padded=loss_mask.size - kept,
+        cut=int(pieces.length[useful & (pieces.start > 0)].sum()),
+        truncated=truncated,
+        dropped=int(lengths.sum()) - kept - truncated,
     )
-
-
-def _weights(examples: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray | None:
-    """Return ones to fill in where any example has a weight of its own, None where none has."""
-    weighted = any(e.weights is not None for e in examples)
-    return np.ones(shape, np.float32) if weighted else None
-
-
-def token_weights(example: Example) -> Float32[np.ndarray, "n"]:
-    """Return the weight of each of an example's tokens."""
-    ones = np.ones(len(example.tokens), np.float32)
-    return ones if example.weights is None else example.weights
-
-
-def _lengths(examples: Sequence[Example], seq_len: int) -> np.ndarray:
-    """Count the tokens of each example; also check the row length."""
-    if seq_len < 2:
-        raise UserError(
-            f"seq_len is {seq_len}; accepted: 2 or more, as the first token of a row is never "
-            "predicted; raise it"
-        )
-    return np.fromiter((len(e.tokens) for e in examples), np.int64, len(examples))
 
 
 def batches(
@@ -228,7 +312,7 @@ def _check_batch(packed: Rows, batch_size: int) -> None:
     if not len(packed):
         raise UserError(
             "the data has no rows of tokens to make batches of; accepted: at least one row; "
-            "give examples of two tokens or more"
+            "give examples of two tokens or more, with a target among them"
         )
 
 

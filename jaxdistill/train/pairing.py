@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from jaxdistill.errors import UserError
 from jaxdistill.models.token_ids import encode
 from jaxdistill.train.encode import Example, Rendered, encode_rows, example_of, render_row
-from jaxdistill.train.packing import Batch, Packed, no_packing
+from jaxdistill.train.packing import Batch, Packed, pack, recount
+from jaxdistill.train.pieces import crop, target_mask
 
 _CHUNK = 1024  # texts that a tokenizer sees at once, over its own threads
 _FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
@@ -59,11 +60,6 @@ class Paired:
             }
         )
 
-    @property
-    def num_targets(self) -> int:
-        """Count the student's tokens that are predicted."""
-        return self.student.num_targets
-
 
 class _Read(NamedTuple):
     """Hold a text as one tokenizer reads it, and how much of it each token ends at.
@@ -90,8 +86,9 @@ def pair_rows(
 ) -> Paired:
     """Encode each row with both tokenizers and find where they meet.
 
-    Chat rows are written by the student's template, and the teacher reads the same characters; what
-    is beyond ``seq_len`` tokens of a text is left out, for texts are not packed.
+    Chat rows are written by the student's template, and the teacher reads the same characters.
+    Texts are not packed: what is beyond ``seq_len`` tokens is truncated, and a row without a target
+    for both models is dropped.
 
     Args:
         rows: as ``encode_rows`` takes them.
@@ -119,26 +116,38 @@ def pair_rows(
     other = _read(rendered, teacher, add_eos)
     for example, read in zip(examples, own, strict=True):
         assert np.array_equal(example.tokens, read.example.tokens)
-    kept = [
-        (example, a, b)
-        for example, a, b in zip(examples, own, other, strict=True)
-        if len(a.ends) >= 2 and len(b.ends) >= 2
-    ]
     shorter = teacher_seq_len or seq_len
-    pairs = [_meetings(a.ends[:seq_len], b.ends[:shorter]) for _, a, b in kept]
-    if not any(len(p) > 1 for p in pairs):
+    student_rows = [crop(example, 0, seq_len) for example in examples]
+    teacher_rows = [crop(read.example, 0, shorter) for read in other]
+    meetings = [
+        _meetings(a.ends[:seq_len], b.ends[:shorter]) for a, b in zip(own, other, strict=True)
+    ]
+    if not any(len(p) > 1 for p in meetings):
         raise UserError(
             f"the student's tokenizer (of {len(student)} tokens) and the teacher's (of "
             f"{len(teacher)}) end at no common place in any of {len(rows)} texts; accepted: texts "
             "of two tokens or more that both can spell; give other data or another teacher"
         )
+    kept = [
+        i
+        for i, pair in enumerate(zip(student_rows, teacher_rows, strict=True))
+        if all(target_mask(example).any() for example in pair)
+    ]
+    if not kept:
+        raise UserError(
+            f"none of {len(rows)} texts has a target in the student's first {seq_len} tokens and "
+            f"the teacher's first {shorter}; give a larger --seq-len, or longer texts"
+        )
+    pairs = [meetings[i] for i in kept]
     pair = np.zeros((len(pairs), max(map(len, pairs)), 2), np.int32)
     mask = np.zeros(pair.shape[:2], np.bool_)
     for n, found in enumerate(pairs):
         pair[n, : len(found)], mask[n, : len(found)] = found, True
+    alone = functools.partial(pack, packing="none")
+    student_packed = alone([student_rows[i] for i in kept], seq_len, pad_id=_pad(student))
     return Paired(
-        student=no_packing([e for e, _, _ in kept], seq_len, pad_id=_pad(student)),
-        teacher=no_packing([b.example for _, _, b in kept], shorter, pad_id=_pad(teacher)),
+        student=recount(student_packed, examples, kept),
+        teacher=alone([teacher_rows[i] for i in kept], shorter, pad_id=_pad(teacher)),
         pair_student=np.ascontiguousarray(pair[..., 0]),
         pair_teacher=np.ascontiguousarray(pair[..., 1]),
         pair_mask=mask,

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxdistill.errors import UserError
 from jaxdistill.train.encode import Example
-from jaxdistill.train.packing import Packed, no_packing
+from jaxdistill.train.packing import Packed, pack, recount
+from jaxdistill.train.pieces import crop, target_mask
 
 
 def prompt_rows(
@@ -37,13 +38,15 @@ def prompt_rows(
             f"prompt_length {prompt_length} for rows of {seq_len} tokens given; accepted: 1 to "
             f"{seq_len - 1}, so that an answer has room"
         )
-    kept = [e for e in (_split(e, prompt_length) for e in examples) if e.loss_mask.any()]
+    prompted = [crop(_split(e, prompt_length), 0, seq_len) for e in examples]
+    kept = [i for i, e in enumerate(prompted) if target_mask(e).any()]
     if not kept:
         raise UserError(
             f"none of {len(examples)} examples has an answer beside a prompt of {prompt_length} "
             "tokens; give longer texts or chats with answers, or a shorter prompt_length"
         )
-    return no_packing(kept, seq_len, pad_id=pad_id)
+    packed = pack([prompted[i] for i in kept], seq_len, packing="none", pad_id=pad_id)
+    return recount(packed, examples, kept)
 
 
 def _split(example: Example, prompt_length: int) -> Example:
@@ -53,5 +56,4 @@ def _split(example: Example, prompt_length: int) -> Example:
         answer = np.arange(len(tokens)) >= prompt_length
         return dataclasses.replace(example, loss_mask=targets & answer)
     start = max(0, int(np.argmax(targets)) - prompt_length) if targets.any() else 0
-    weights = None if example.weights is None else example.weights[start:]
-    return Example(tokens=tokens[start:], loss_mask=targets[start:], weights=weights)
+    return crop(example, start, None)

@@ -7,13 +7,14 @@ import optax
 import pytest
 
 from jaxdistill.kd.freeze import freeze, ov_freeze
-from jaxdistill.kd.objective import kd_objective
+from jaxdistill.kd.objective import kd_objective, next_token_targets
 from jaxdistill.kd.step import adamw, init_state, make_step
 from jaxdistill.models.decoder import make_apply
 from jaxdistill.paths import walk
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.policy import add_scales, default_policy, fake_quant_params
 from tests import tiny
+from tests.errors import error_of
 
 C = tiny.config()
 POLICY = default_policy(QuantSpec(), tied=True)
@@ -39,10 +40,10 @@ def test_distillation_brings_the_student_closer(setting):
 
 
 def test_accumulation_is_the_same_mean_over_tokens(setting):
-    """Micro-batches with unequal numbers of targets give the update of the whole batch."""
+    """Micro-batches with unequal numbers of targets, or none, update as the whole batch does."""
     teacher, student, objective = setting
     batch = tiny.batch(C, rows=4)
-    batch["loss_mask"] = batch["loss_mask"].at[:2, 5:].set(False)
+    batch["loss_mask"] = batch["loss_mask"].at[:2, 5:].set(False).at[0].set(False)
     states, metrics = zip(
         *(
             make_step(objective, tx, accumulate=n)(init_state(student, tx), teacher, batch)
@@ -60,6 +61,40 @@ def test_accumulation_is_the_same_mean_over_tokens(setting):
                 # Sums in another order: equal to a ten-thousandth of the leaf's largest update.
                 moved = float(np.abs(a - before[path]).max())
                 np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-4 * moved, err_msg=path)
+
+
+def test_micro_batches_must_divide_the_batch(setting):
+    teacher, student, objective = setting
+    tx = optax.sgd(0.1)
+    step = make_step(objective, tx, accumulate=3)
+    message = error_of(step, init_state(student, tx), teacher, tiny.batch(C, rows=8))
+    assert "accumulate=3" in message and "8 rows" in message
+    assert "accumulate is 0" in error_of(make_step, objective, tx, accumulate=0)
+
+
+def test_targets_do_not_cross_segments_and_need_no_loss_mask():
+    batch = {
+        "tokens": jnp.arange(8).reshape(1, 8),
+        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 3, 0, 0]]),
+    }
+    targets, mask = next_token_targets(batch)
+    predicted = {(i, int(targets[i])) for i in range(8) if mask[i]}
+    assert predicted == {(0, 1), (1, 2), (3, 4)}
+    # A mask can only take targets away.
+    masked = next_token_targets(batch | {"loss_mask": jnp.ones((1, 8), bool).at[0, 1].set(False)})
+    assert np.flatnonzero(masked[1]).tolist() == [1, 3]
+    only = next_token_targets({"tokens": batch["tokens"].reshape(2, 4)})[1]
+    assert only.reshape(2, 4).tolist() == [[True, True, True, False]] * 2
+
+
+def test_an_objective_without_a_loss_mask_counts_within_segments(setting):
+    teacher, student, objective = setting
+    batch = tiny.batch(C, rows=2, seq_len=16)  # segments of 8 and 6 tokens, 2 of padding
+    marked = objective(student, teacher, batch)
+    del batch["loss_mask"]
+    found = objective(student, teacher, batch)
+    assert float(found[1]) == float(marked[1]) == 2 * (7 + 5)
+    np.testing.assert_allclose(found[0], marked[0], rtol=1e-6)
 
 
 def test_state_is_donated_and_the_teacher_is_not(setting):

@@ -50,7 +50,7 @@ def test_evaluation_of_a_hundred_stories_is_the_known_nll(stories, shared_data, 
             model=str(tmp_path / "model"),
             data=str(tmp_path / "rows.jsonl"),
             seq_len=256,
-            packing=False,
+            packing="none",
         )
     )
     assert result["tokens"] == 24983

@@ -126,7 +126,7 @@ def test_slices_of_text_and_choices(inputs, tmp_path):
     model, data, sums, fish = inputs
     teacher = tiny.save_model(tmp_path / "teacher", seed=3)
     given = {"model": model, "teacher": teacher, "data": data, "seq_len": 128}
-    plain = evaluate(Evaluate(**given, packing=False, choices=(sums, fish)))
+    plain = evaluate(Evaluate(**given, packing="none", choices=(sums, fish)))
     specs = ("second=^row 1|^1 and", "longest:0.3")
     found = evaluate(Evaluate(**given, choices=(sums, fish), slice=specs))["slices"]
     assert list(found) == ["text", "sums", "fish"]

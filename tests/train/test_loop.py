@@ -28,7 +28,7 @@ def updated(w, i):
     return w * 1.5 + i
 
 
-def step_of(bad, during_step, during_batch):
+def step_of(bad, during_step, during_batch, empty=()):
     def step(state, teacher, batch):
         i = int(batch["tokens"][0, 0])
         for actions, at in ((during_step, int(state.step) + 1), (during_batch, i)):
@@ -37,7 +37,8 @@ def step_of(bad, during_step, during_batch):
         one = jnp.ones(())
         params = {"w": updated(state.params["w"], i)}
         new = TrainState(step=state.step + 1, params=params, opt_state=state.opt_state)
-        return new, {"loss": (loss, one), "grad_norm": (one, one)}
+        count = one * float(i not in empty)
+        return new, {"loss": (loss * count, count), "grad_norm": (one, one)}
 
     return step
 
@@ -65,6 +66,7 @@ def go(
     during_batch={},  # noqa: B006
     during_look={},  # noqa: B006
     console=None,
+    empty=(),
 ):
     def look(step, params):
         during_look.get(step, lambda: None)()
@@ -72,7 +74,7 @@ def go(
 
     with RunDirectory(path, {"steps": 9}, resume=resume) as run:
         return train(
-            step_of(bad, during_step, during_batch),
+            step_of(bad, during_step, during_batch, empty),
             fresh(),
             None,
             Data(),
@@ -91,6 +93,22 @@ def timeless(path):
     """A run's metrics without its clock's."""
     rows = read_metrics(path)
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def test_a_batch_without_a_target_logs_no_metric_and_does_not_move_the_guard(tmp_path):
+    """Many losses of 0 would make the first ordinary one a spike."""
+    go(tmp_path / "r", 4, empty=[1, 2])
+    rows = timeless(tmp_path / "r")
+    assert [sorted(set(row) & {"loss", "grad_norm"}) for row in rows] == [
+        ["grad_norm", "loss"],
+        [],
+        [],
+        ["grad_norm", "loss"],
+    ]
+    guard = Guard(spike_sigma=10)
+    go(tmp_path / "s", 66, empty=range(64), guard=guard)
+    go(tmp_path / "s", 70, empty=range(64), guard=guard, resume=True)
+    assert len(read_metrics(tmp_path / "s")) == 70
 
 
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path):

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.errors import UserError
 from jaxdistill.train.encode import encode_rows
-from jaxdistill.train.packing import batches, eval_batches, fingerprint, no_packing
+from jaxdistill.train.packing import batches, eval_batches, fingerprint, pack
 from jaxdistill.train.pairing import pair_rows
 from tests import tiny
 
@@ -151,7 +151,7 @@ def test_the_students_rows_are_those_it_is_trained_on_alone():
         {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "at é"}]}
     ]
     paired = pair_rows(rows, student, teacher, 128, loss_on="completion")
-    want = no_packing(encode_rows(rows, student, loss_on="completion"), 128)
+    want = pack(encode_rows(rows, student, loss_on="completion"), 128, packing="none")
     for name, array in want[:].items():
         np.testing.assert_array_equal(paired[:][name], array)
     row = paired[0]
@@ -172,7 +172,6 @@ def test_texts_are_cut_and_served_like_packed_rows():
     again = pair_rows(rows, student, teacher, 12, teacher_seq_len=8)
     other = pair_rows(rows, student, merged_tokenizer(bos=False), 12, teacher_seq_len=8)
     assert fingerprint(paired) == fingerprint(again) != fingerprint(other)
-    assert paired.num_targets == int(paired.student.loss_mask.sum())
 
 
 def test_tokenizers_that_never_meet_are_refused():

@@ -5,7 +5,7 @@ import pytest
 
 from jaxdistill.errors import UserError
 from jaxdistill.train.encode import encode_rows
-from jaxdistill.train.packing import no_packing, pack
+from jaxdistill.train.packing import pack
 from jaxdistill.train.rationale import ANSWER, RATIONALE, rationale_rows
 from tests import tiny
 
@@ -26,11 +26,11 @@ def test_each_rationale_is_a_row_of_its_own_at_its_weight():
     assert [r["weight"] for r in rows] == [1.0, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("layout", [pack, no_packing])
-def test_weights_reach_their_own_tokens(layout):
+@pytest.mark.parametrize("packing", ["best-fit", "wrap", "none"])
+def test_weights_reach_their_own_tokens(packing):
     tokenizer = tiny.byte_tokenizer()
     examples = encode_rows(rationale_rows(ROWS, 0.5), tokenizer, loss_on="completion")
-    rows = layout(examples, 64)
+    rows = pack(examples, 64, packing=packing)
     weights, mask = rows[:]["weights"], rows[:]["loss_mask"]
     said = {
         w: tokenizer.decode(rows.tokens[mask & (weights == w)]).replace("<|im_end|>", " ").split()
@@ -82,7 +82,7 @@ def test_a_weighted_loss_is_the_weighted_mean():
     c = tiny.config(vocab_size=260)
     apply, params = make_apply(c), tiny.params(c)
     examples = encode_rows(rationale_rows(ROWS, 0.25), tiny.byte_tokenizer(), loss_on="completion")
-    rows = no_packing(examples, 64)
+    rows = pack(examples, 64, packing="none")
     objective = kd_objective(apply, None, chunk=16)
     each = [objective(params, None, jnp_batch(rows[i : i + 1], ("weights",))) for i in range(3)]
     total, count, metrics = objective(params, None, jnp_batch(rows[:]))
