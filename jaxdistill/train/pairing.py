@@ -8,6 +8,7 @@ and that what stands between two pairs is one piece of text for both.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
