@@ -184,6 +184,8 @@ class Training(Parallel):
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}; "
                 "choose a divisor"
             )
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"--weight-decay {self.weight_decay} given; accepted: 0 or more")
         if not 0 < self.lr < math.inf:
             raise UserError(f"--lr {self.lr} given; accepted: above 0, and finite")
         parse_loss(self.objective)

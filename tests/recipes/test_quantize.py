@@ -292,6 +292,10 @@ def test_killed_run_resumes_bit_for_bit(inputs, tmp_path):
         ({"accumulate": 3}, "--accumulate 3 does not divide --batch-size 8; choose a divisor"),
         ({"seed": -1}, "--seed -1 given; accepted: 0 or more"),
         (
+            {"weight_decay": -0.1},
+            "--weight-decay -0.1 given; accepted: 0 or more",
+        ),
+        (
             {"lr": float("nan")},
             "--lr nan given; accepted: above 0, and finite",
         ),
