@@ -56,7 +56,7 @@ def main() -> None:
         "# A rare slice, lost and kept\n",
         f"SmolLM2-135M-Instruct, 2 bits in groups of 32, {STEPS} steps of 4 x 128 tokens, "
         f"ov-freeze, on {jax.devices()[0].device_kind}. NLL in nats a token of {HELD[0]} stories "
-        f"and {HELD[1]} sums that were held out; 95 % intervals by the bootstrap over texts.\n",
+        f"and {HELD[1]} sums that were held out; 95 % intervals over texts.\n",
     ]
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)

@@ -7,8 +7,7 @@ paid for every tier that it passed. Confidences lie in 0..1, larger being surer.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,24 +88,6 @@ def choice_confidence(log_likelihoods: Sequence[Float[np.ndarray, "_"]]) -> dict
         found["margin"].append(first - second)
         found["entropy"].append(1 - np.sum(special.entr(p)) / np.log(p.size))
     return {name: np.clip(values, 0.0, 1.0) for name, values in found.items()}
-
-
-def text_confidence(token_log_probs: Sequence[Float[np.ndarray, "_"]]) -> Confidence:
-    """Return the geometric mean of each text's token probabilities; 0 for a text without tokens."""
-    return np.array([np.exp(np.mean(x)) if len(x) else 0.0 for x in token_log_probs])
-
-
-def agreement(samples: Sequence[Sequence[Hashable]]) -> Confidence:
-    """Return the share of each item's sampled answers that are its commonest one.
-
-    Source: self-consistency, Wang et al., arXiv 2203.11171.
-
-    Raises:
-        UserError: an item has no sample.
-    """
-    if not all(samples):
-        raise UserError("an item without samples given; accepted: one or more of each")
-    return np.array([max(Counter(x).values()) / len(x) for x in samples])
 
 
 def route(confidences: Sequence[Confidence], thresholds: Sequence[float]) -> Int[np.ndarray, "N"]:
@@ -227,11 +208,3 @@ def calibrate(
                 break
             passed.append(Operating(thresholds, outcome(tiers, thresholds)))
     return min(passed, key=lambda o: o.outcome.cost, default=None)
-
-
-def binomial_interval(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the exact interval of a share that was met ``right`` times (Clopper, Pearson 1934)."""
-    tail = (1 - confidence) / 2
-    low = special.betaincinv(right, count - right + 1, tail) if right else 0.0
-    high = special.betaincinv(right + 1, count - right, 1 - tail) if right < count else 1.0
-    return float(low), float(high)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxdistill.errors import UserError
@@ -12,6 +13,7 @@ from jaxdistill.models.attention import QUERIES
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.decoder import Remat
 from jaxdistill.models.hf_layout import hf_layout
+from jaxdistill.quant.lattice import QuantSpec
 
 
 class Use(NamedTuple):
@@ -186,7 +188,8 @@ def training_flops(
         student: its shape.
         seq_len: T.
         teacher: a live teacher's shape, which runs forward alone.
-        frozen: regex over paths whose weight gradients are not computed (ov-freeze).
+        frozen: regex over paths whose weight gradients are not computed (ov-freeze); an empty one
+            is found in all, None in none.
         remat: of the student, see ``make_apply``.
 
     Returns:
@@ -194,7 +197,7 @@ def training_flops(
         forward, what a model FLOPs utilisation counts; ``hardware``: and what remat adds.
     """
     own = forward_flops(student, seq_len)
-    saved = 2.0 * matrix_params(student, frozen) if frozen else 0.0
+    saved = 0.0 if frozen is None else 2.0 * matrix_params(student, frozen)
     model = 3 * own - saved + (forward_flops(teacher, seq_len) if teacher else 0.0)
     linear = 2.0 * matrix_params(student)
     head = 2.0 * student.vocab_size * student.hidden_size
@@ -218,6 +221,38 @@ def stored_bytes(config: ModelConfig, bits: int, group_size: int | None = None) 
         return (kernels + head) * bits / 8
     scale = 16 / (group_size or config.hidden_size)
     return kernels * (bits + scale) / 8 + head
+
+
+def stored_bytes_by(config: ModelConfig, specs: Mapping[str, QuantSpec]) -> float:
+    """Return the same for weights whose widths are known by path, as those of a run.
+
+    What has no spec counts 16 bits; zero points count as integers.
+    """
+    total = 0.0
+    for t in hf_layout(config):
+        head = t.path[0] == "lm_head" or (config.tie_embeddings and t.path[0] == "embed_tokens")
+        if not head and t.path[-1] != "kernel":
+            continue
+        size, spec = t.shape[0] * t.shape[1], specs.get("/".join(t.path))
+        if spec is None:
+            total += 2.0 * size
+            continue
+        grids = size / (spec.group_size or t.shape[1])
+        total += (size * spec.bits + grids * (16 + (0 if spec.symmetric else spec.bits))) / 8
+    return total
+
+
+def table_bytes(config: ModelConfig, bits: int = 16) -> float:
+    """Return the bytes of the table that tokens are looked up in, where it is not the head's.
+
+    It is held in memory, and hardly read.
+    """
+    return 0.0 if config.tie_embeddings else config.vocab_size * config.hidden_size * bits / 8
+
+
+def count_params(config: ModelConfig) -> int:
+    """Count all parameters: linear layers, tables, norms and biases."""
+    return sum(math.prod(t.shape) for t in hf_layout(config))
 
 
 def cache_bytes(config: ModelConfig, bits: int = 16) -> float:

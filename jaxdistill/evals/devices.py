@@ -13,8 +13,8 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.json_text import parse_json
 
 _FORM = (
-    '{"NAME": {"name": text, "tflops": number, "gib": number, "gb_per_s": number, "watts": number '
-    'or null, "price": number or null}}'
+    '{"NAME": {"name": text, "tflops": number, "gib": number, "gb_per_s": number, "link_gb_per_s": '
+    'number or null, "watts": number or null, "price": number or null}}'
 )
 
 
@@ -27,6 +27,7 @@ class Device:
         peak_flops: dense bfloat16 peak, FLOP/s.
         memory: in bytes.
         bandwidth: of its memory, bytes/s.
+        link: bandwidth to other devices, bytes/s one way; None where nobody gave it.
         watts: greatest power; None where its maker says none.
         price: of an hour, in any currency; None where nobody gave it.
     """
@@ -35,6 +36,7 @@ class Device:
     peak_flops: float
     memory: int
     bandwidth: float
+    link: float | None = None
     watts: float | None = None
     price: float | None = None
 
@@ -67,11 +69,12 @@ def _device(d: dict[str, Any]) -> Device:
         peak_flops=float(d["tflops"]) * 1e12,
         memory=int(d["gib"] * 2**30),
         bandwidth=float(d["gb_per_s"]) * 1e9,
+        link=None if d.get("link_gb_per_s") is None else float(d["link_gb_per_s"]) * 1e9,
         watts=None if d.get("watts") is None else float(d["watts"]),
         price=None if d.get("price") is None else float(d["price"]),
     )
-    if not min(made.peak_flops, made.memory, made.bandwidth) > 0:
-        raise ValueError(f"{made.name} has a peak, memory or bandwidth that is not above 0")
+    if not min(made.peak_flops, made.memory, made.bandwidth, made.link or 1.0) > 0:
+        raise ValueError(f"{made.name} has a peak, memory, bandwidth or link that is not above 0")
     if not all(x is None or 0 <= x < math.inf for x in (made.watts, made.price)):
         raise ValueError(f"{made.name} has a power or price below 0")
     return made

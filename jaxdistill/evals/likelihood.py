@@ -112,11 +112,6 @@ def _rows(pairs: Sequence[Pair], max_length: int) -> list[_Row]:
     return sorted(rows, key=lambda row: -len(row.tokens))
 
 
-def row_lengths(pairs: Sequence[Pair], max_length: int) -> list[int]:
-    """Return the tokens of each row that the model runs over to score these pairs."""
-    return [len(row.tokens) for row in _rows(pairs, max_length)]
-
-
 def _width(length: int) -> int:
     """Return the bucket of a length: 8, 12, 16, 24, 32, 48, 64, 96 and so on."""
     half = 1 << max(2, (length - 1).bit_length() - 2)

@@ -1,63 +1,64 @@
-"""Every metric on every named slice, with bootstrap intervals, and the slice that lost most."""
+"""Every metric on every named slice, with intervals, and the slice that lost most."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxdistill.errors import UserError
+from jaxdistill.evals.intervals import (
+    Interval,
+    detectable,
+    mean_interval,
+    minus,
+    paired_difference,
+    paired_quotient,
+    pooled_share_interval,
+    quotient_interval,
+)
 from jaxdistill.train.slices import WHOLE
 
 # By metric, of each item: (sum, count); the metric is the sums' total over the counts'.
 ItemSums = Mapping[str, tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]]
-_AT_ONCE = 2**22  # numbers of a block of resamples
-LEAST_ITEMS = 10  # of a slice that is named as the one that lost most
 _DOWN = ("acc", "acc_norm", "agreement")  # metrics that are better when greater
-
-
-class Interval(NamedTuple):
-    """Hold a value and the ends of its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SliceReport:
-    """Hold what models do on one slice.
+    """What models do on one slice.
 
     Attributes:
-        items: how many are in it.
+        items: number of items in it.
         metrics: by model and metric.
-        derived: by metric, what compares models: ``retention`` (student over teacher, of
-            accuracies), ``gap_recovered`` ((PTQ - student) / (PTQ - teacher), of losses),
-            ``lost`` (how much worse the student is than the teacher) and ``excess`` (how much more
-            was lost than on all other items; its interval is widened for the number of slices).
+        derived: by name, what compares models: ``retention`` (student over teacher, of
+            accuracies), ``gap_recovered`` ((PTQ - student) / (PTQ - teacher)), ``lost`` (how much
+            worse the student is than the teacher) and ``excess`` (how much more was lost than on
+            all other items; its interval is widened for the number of slices).
+        detectable: the excess that a slice of this size shows in 4 of 5 draws; None where none.
     """
 
     items: int
     metrics: Mapping[str, Mapping[str, Interval]]
     derived: Mapping[str, Interval]
+    detectable: float | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON holds it; an interval is a list of value, low and high.
 
         A number that is not there (a share of nothing, a mean over nothing) is None.
         """
-
-        def known(found: Mapping[str, Interval]) -> dict[str, list[float | None]]:
-            return {k: [x if math.isfinite(x) else None for x in v] for k, v in found.items()}
-
         return {
             "items": self.items,
-            "metrics": {model: known(of) for model, of in self.metrics.items()},
-            "derived": known(self.derived),
+            "metrics": {
+                model: {k: v.plain() for k, v in of.items()} for model, of in self.metrics.items()
+            },
+            "derived": {k: v.plain() for k, v in self.derived.items()},
+            "detectable": self.detectable,
         }
 
     @classmethod
@@ -70,7 +71,12 @@ class SliceReport:
             }
 
         metrics = {model: read(of) for model, of in found["metrics"].items()}
-        return cls(items=found["items"], metrics=metrics, derived=read(found["derived"]))
+        return cls(
+            items=found["items"],
+            metrics=metrics,
+            derived=read(found["derived"]),
+            detectable=found["detectable"],
+        )
 
 
 def report_slices(
@@ -79,14 +85,11 @@ def report_slices(
     *,
     by: str,
     confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> dict[str, SliceReport]:
-    """Return what models do on each slice, and on all items.
+    """Return what models do on each slice, and on all items, with the intervals of `intervals`.
 
-    Intervals are percentiles of the bootstrap (Efron 1979) over a slice's items: all models and
-    metrics are computed on the same resampled items, so that what compares them has the interval of
-    paired differences. A slice without items is left out.
+    What compares models is paired: computed of their differences on the same items. A slice without
+    items is left out.
 
     Args:
         results: by model, of the same items in the same order. The names ``teacher``, ``student``
@@ -95,102 +98,118 @@ def report_slices(
         by: the metric that models are compared by: an accuracy, or a loss such as ``nll`` or
             ``kl``.
         confidence: of the intervals.
-        resamples: of each slice.
-        seed: of the resampling.
 
     Raises:
-        UserError: there is no item, or the number of resamples or the confidence is impossible.
+        UserError: there is no item, or the confidence is impossible.
     """
-    if resamples < 2 or not 0 < confidence < 1:
-        raise UserError(
-            f"{resamples} resamples and confidence {confidence} given; accepted: 2 or more, and "
-            "between 0 and 1"
-        )
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must be between 0 and 1, got {confidence}")
     items = len(next(iter(next(iter(results.values())).values()))[0])
     if not items:
         raise UserError("no item given to evaluate; accepted: one or more")
-    kept = {name: mask for name, mask in masks.items() if mask.any()}
-    found, lost = {}, {}
-    for name, mask in {WHOLE: np.ones(items, bool), **kept}.items():
-        drawn = _Resampled(np.flatnonzero(mask), resamples, np.random.default_rng(seed))
-        found[name], lost[name] = _report(results, drawn, by, confidence)
-        if name != WHOLE and lost[name] is not None and not mask.all():
-            rest = _Resampled(np.flatnonzero(~mask), resamples, np.random.default_rng([seed, 1]))
-            excess = lost[name] - _report(results, rest, by, confidence)[1]
-            wide = 1 - (1 - confidence) / len(kept)  # Bonferroni
-            derived = {**found[name].derived, "excess": _interval(excess, wide)}
-            found[name] = dataclasses.replace(found[name], derived=derived)
-    return found
+    slices = {name: mask for name, mask in masks.items() if mask.any()}
+    wide = 1 - (1 - confidence) / max(1, len(slices))  # Bonferroni
+    reports = {}
+    for name, mask in {WHOLE: np.ones(items, bool), **slices}.items():
+        here = {model: _items(sums, mask) for model, sums in results.items()}
+        derived = dict(compared(here, by, confidence))
+        least = None
+        if name != WHOLE and "lost" in derived and not mask.all():
+            rest = {model: _items(sums, ~mask) for model, sums in results.items()}
+            excess = minus(lost(here, by, wide), lost(rest, by, wide))
+            derived["excess"] = excess
+            least = detectable(excess, int(np.sum(mask)), wide)
+            least = least if math.isfinite(least) else None
+        reports[name] = SliceReport(
+            items=int(np.sum(mask)),
+            metrics={
+                model: {m: metric_interval(m, *pair, confidence) for m, pair in sums.items()}
+                for model, sums in here.items()
+            },
+            derived=derived,
+            detectable=least,
+        )
+    return reports
 
 
-class _Resampled:
-    """Give a slice's totals: first of its own items, then of each resample of them."""
-
-    def __init__(self, index: np.ndarray, resamples: int, rng: np.random.Generator) -> None:
-        self.index, self.resamples = index, resamples
-        n = index.size
-        step = max(1, _AT_ONCE // n)
-        self.blocks = [
-            rng.multinomial(n, np.full(n, 1 / n), min(step, resamples - at)).astype(np.float32)
-            for at in range(0, resamples, step)
-        ]
-
-    def means(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Return total sums over total counts, ``[1 + resamples]``; NaN where nothing counts."""
-        both = np.stack([sums, counts], axis=1)[self.index].astype(np.float64)
-        drawn = np.concatenate([both.sum(0)[None], *(block @ both for block in self.blocks)])
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return drawn[:, 0] / drawn[:, 1]
+def metric_interval(
+    name: str,
+    sums: Float[np.ndarray, "N"],
+    counts: Float[np.ndarray, "N"],
+    confidence: float = 0.95,
+) -> Interval:
+    """Return a metric and its interval from each item's (sum, count)."""
+    if name in _DOWN:
+        return pooled_share_interval(sums, counts, confidence)
+    return mean_interval(sums, counts, confidence)
 
 
-def _interval(values: np.ndarray, confidence: float) -> Interval:
-    """Return the first value, and the percentiles of the others that are finite."""
-    known = values[1:][np.isfinite(values[1:])]
-    tails = ((1 - confidence) / 2, (1 + confidence) / 2)
-    low, high = np.quantile(known, tails) if known.size else (np.nan, np.nan)
-    return Interval(float(values[0]), float(low), float(high))
+def difference(name: str, first: ItemSums, second: ItemSums, confidence: float = 0.95) -> Interval:
+    """Return how much greater a metric of the first is than of the second on the same items."""
+    (a, counts), (b, _) = first[name], second[name]
+    if name in _DOWN and np.all(counts == 1):
+        return paired_difference(a > 0, b > 0, confidence)
+    return mean_interval(a - b, counts, confidence)
 
 
-def _report(
-    results: Mapping[str, ItemSums], drawn: _Resampled, by: str, confidence: float
-) -> tuple[SliceReport, Any]:
-    """Return a slice's report, and what was lost on it and on its resamples."""
-    means = {
-        model: {metric: drawn.means(*pair) for metric, pair in of.items()}
-        for model, of in results.items()
-    }
+def lost(results: Mapping[str, ItemSums], by: str, confidence: float = 0.95) -> Interval:
+    """Return how much worse the student is than the teacher."""
+    pair = (results["student"], results["teacher"])
+    return difference(by, *(pair[::-1] if by in _DOWN else pair), confidence)
+
+
+def gap_recovered(
+    start: ItemSums,
+    student: ItemSums,
+    by: str,
+    teacher: ItemSums | None = None,
+    confidence: float = 0.95,
+) -> Interval:
+    """Return the share of the gap from teacher to start that training closed.
+
+    ``(start - student) / (start - teacher)``; NaN where start and teacher cannot be told apart.
+
+    Args:
+        start: the student before training.
+        student: after training.
+        by: the metric.
+        teacher: None where its metric is 0, as the KL to itself.
+        confidence: of the interval.
+    """
+    goal = 0.0 if teacher is None else teacher[by][0]
+    return quotient_interval(start[by][0] - student[by][0], start[by][0] - goal, confidence)
+
+
+def compared(
+    results: Mapping[str, ItemSums], by: str, confidence: float = 0.95
+) -> dict[str, Interval]:
+    """Return what compares models, see ``SliceReport.derived``; without ``excess``."""
     derived = {}
-    own, best, start, ptq = (
-        means.get(m, {}).get(by) for m in ("student", "teacher", "start", "ptq")
-    )
-    start = start if ptq is None else ptq
-    with np.errstate(invalid="ignore", divide="ignore"):
-        if own is not None and best is not None:
-            derived["lost"] = best - own if by in _DOWN else own - best
-            if by in _DOWN:
-                derived["retention"] = own / best
-            if start is not None:
-                derived["gap_recovered"] = (start - own) / (start - best)
-    report = SliceReport(
-        items=drawn.index.size,
-        metrics={
-            m: {k: _interval(v, confidence) for k, v in of.items()} for m, of in means.items()
-        },
-        derived={name: _interval(values, confidence) for name, values in derived.items()},
-    )
-    return report, derived.get("lost")
+    if not all(by in results.get(name, {}) for name in ("student", "teacher")):
+        return derived
+    student, teacher = results["student"], results["teacher"]
+    derived["lost"] = lost(results, by, confidence)
+    if by in _DOWN:
+        derived["retention"] = paired_quotient(student[by][0] > 0, teacher[by][0] > 0, confidence)
+    start = results.get("ptq", results.get("start"))
+    if start is not None:
+        derived["gap_recovered"] = gap_recovered(start, student, by, teacher, confidence)
+    return derived
+
+
+def _items(sums: ItemSums, mask: np.ndarray) -> dict[str, Any]:
+    return {name: (s[mask], c[mask]) for name, (s, c) in sums.items()}
 
 
 def worst_slice(reports: Mapping[str, SliceReport]) -> str | None:
     """Return the slice that lost most; None where none surely lost more than the other items.
 
-    That is: the low end of its ``excess`` is above 0, and so is what it lost. Slices of fewer than
-    ``LEAST_ITEMS`` are not named, since the bootstrap of so few is too narrow.
+    That is: the low end of its ``excess`` is above 0, and so is that of ``lost``.
     """
     sure = {
         name: report.derived["lost"].value
         for name, report in reports.items()
-        if name != WHOLE and report.items >= LEAST_ITEMS and "excess" in report.derived
+        if "excess" in report.derived
         if report.derived["excess"].low > 0 and report.derived["lost"].low > 0
     }
     return max(sure, key=lambda name: sure[name]) if sure else None
@@ -201,10 +220,42 @@ def slice_warning(reports: Mapping[str, SliceReport], by: str) -> str | None:
     name = worst_slice(reports)
     if name is None:
         return None
-    unit = "" if by in _DOWN else " nats a token"
-    lost, excess = (reports[name].derived[k] for k in ("lost", "excess"))
+    worst, excess = (reports[name].derived[k] for k in ("lost", "excess"))
     return (
-        f"the slice {name!r} ({reports[name].items} items) lost most: {by} is {lost.value:.3f}"
-        f"{unit} worse than the teacher's, {excess.value:.3f} ({excess.low:.3f} to "
+        f"the slice {name!r} ({reports[name].items} items) lost most: {by} is {worst.value:.3f}"
+        f"{_unit(by)} worse than the teacher's, {excess.value:.3f} ({excess.low:.3f} to "
         f"{excess.high:.3f}) more than on the other items; give more of it, as with --mix FILE:0.1"
     )
+
+
+def slice_power(reports: Mapping[str, SliceReport], by: str) -> str | None:
+    """Say which slices are too small to show twice the other items' loss, and what they can show.
+
+    None where all can, or nothing was lost.
+    """
+    small = []
+    for name, report in reports.items():
+        if "excess" not in report.derived:
+            continue
+        excess, least = report.derived["excess"], report.detectable
+        others = report.derived["lost"].value - excess.value
+        if excess.low > 0 or others <= 0 or (least is not None and least <= others):
+            continue
+        if least is None:
+            small.append(f"{name!r} ({report.items} items: none)")
+            continue
+        needed = math.ceil(report.items * (least / others) ** 2)
+        small.append(
+            f"{name!r} ({report.items} items: {least:.3f} more than the others' "
+            f"{others:.3f}{_unit(by)}; about {needed:,} items would do)"
+        )
+    if not small:
+        return None
+    return (
+        "too small to show a loss twice the others'; in 4 of 5 draws of the items a slice shows "
+        f"only: {', '.join(small)}; give more held-out text"
+    )
+
+
+def _unit(by: str) -> str:
+    return "" if by in _DOWN else " nats a token"

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from jaxdistill._disk import write_whole
 from jaxdistill.evals.perplexity import recovered
-from jaxdistill.evals.slices import LEAST_ITEMS, SliceReport, slice_warning
+from jaxdistill.evals.slices import SliceReport, slice_power, slice_warning
 from jaxdistill.models.json_text import parse_json, read_object
 from jaxdistill.recipes.run_report import BY, facts_of
 from jaxdistill.report.run_page import RunPage, run_page
@@ -25,7 +25,6 @@ from jaxdistill.report.table import (
     slices_table,
 )
 from jaxdistill.train.run_directory import read_metrics, write_json
-from jaxdistill.train.slices import WHOLE
 
 
 def report_pilot(
@@ -129,27 +128,29 @@ def advice_of(
         why = said["reasons"][1 if names and len(said["reasons"]) > 1 else 0]
         second = f"Freeze {names}" if names else "Freeze nothing, by the analysis of this model"
         second += f": {why.removeprefix(f'{names}: ')}."
+    power = slice_power({n: SliceReport.from_plain(s) for n, s in slices.items()}, BY)
     if slice_warning:
         third = f"Mind the rare cases: {slice_warning}."
-    elif slices and all(s["items"] < LEAST_ITEMS for n, s in slices.items() if n != WHOLE):
-        third = (
-            f"No watched slice has {LEAST_ITEMS} texts, too few to tell what was lost: give more "
-            "held-out text, and more --eval-tokens."
-        )
     elif slices:
-        third = (
-            "No watched slice of ten texts or more surely lost more than the others; a small "
-            "pilot sees large losses only."
-        )
+        third = "No watched slice surely lost more than the others"
+        third += f", but some are {power} and more --eval-tokens." if power else "."
     else:
         third = "No slice was watched: name your rare cases with --slice."
     fifth = f"{cost_sentence(report['cost'])} The weights are "
     fifth += f"{teacher['bytes'] / 1e6:,.0f} MB before and {student['bytes'] / 1e6:,.0f} after. "
     fifth += f"Next: {shlex.join(following)}"
     fourth = cascade_sentence(guarded)
-    own, best = (guarded["alone"][name]["accuracy"] for name in ("student", "teacher"))
-    if own >= best:
-        fourth += f" On the test questions the student alone is no worse: {own:.1%}, {best:.1%}."
+    fewer, low, high = guarded["student_lost"]
+    if low <= 0:
+        both = " and ".join(
+            f"{guarded['alone'][name]['accuracy']:.1%}" for name in ("student", "teacher")
+        )
+        fourth += f" On the test questions student and teacher have {both} right"
+        fourth += (
+            ", the student surely more."
+            if high < 0
+            else f", and cannot be told apart: {fewer:+.1%} lost ({low:+.1%} to {high:+.1%})."
+        )
     return [first, second, third, fourth, fifth]
 
 

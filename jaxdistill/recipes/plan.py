@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import tyro
 
 from jaxdistill.errors import UserError
-from jaxdistill.evals.cost import matrix_params, training_flops
+from jaxdistill.evals.communication import sent_bytes
+from jaxdistill.evals.cost import count_params, training_flops
 from jaxdistill.evals.devices import device
 from jaxdistill.kd.freeze import freeze
 from jaxdistill.kd.schedule import schedule_of
@@ -59,7 +60,9 @@ class _Planned:
     device: str = "h100"
     """Accelerator: a100, h100, h200, v4, v5e, v5p, v6e."""
     mfu: float = 0.4
-    """Model FLOPs utilisation that speed is stated at: a share of the bfloat16 peak."""
+    """Model FLOPs utilisation that computing is stated at: a share of the bfloat16 peak."""
+    link_share: float = 0.6
+    """Share of the bandwidth between devices that is reached."""
     tokens: float = 1e9
     """Tokens to train on."""
     price: float | None = None
@@ -92,11 +95,15 @@ def plan(o: Plan) -> dict[str, Any]:
     """Compile the step and count.
 
     Returns:
-        ``mesh``, ``devices``, ``params`` (weights of the student's linear layers); ``bytes`` a
+        ``mesh``, ``devices``, ``params`` (all of the student's); ``bytes`` a
         device: ``student`` (masters, grids), ``optimizer``, ``teacher``, ``batch``, ``activations``
         (kept from forward to backward, an estimate), ``temporaries`` (all others) and ``total``;
         ``memory`` of a device and whether it ``fits``; ``flops`` a step (``model``, ``hardware``);
-        ``tokens_per_second``, ``hours`` and with a price ``cost``, at ``mfu``; ``compile_seconds``.
+        ``sent``, bytes that a device sends in a step by mesh axis (`evals.communication`);
+        ``seconds`` of a step: ``compute`` at ``mfu``, ``overlapped`` (fsdp and data, sent while it
+        computes) and ``waiting`` (tensor), ``max(compute, overlapped) + waiting`` in all;
+        ``tokens_per_second``, ``hours``, ``device_hours`` and with a price ``cost``, all null where
+        the run does not fit; ``compile_seconds``.
 
     Raises:
         UserError: an option is wrong, or there are too few devices to simulate the mesh.
@@ -112,31 +119,49 @@ def plan(o: Plan) -> dict[str, Any]:
         found = _compiled(o, student, teacher, mesh)
     found["total"] = sum(found.values())
     patterns = whole_patterns(frozen_by(o), student.num_layers)
-    flops = training_flops(
+    frozen = "|".join(f"(?:{p})" for p in patterns) or None
+    flops = training_flops(student, o.seq_len, teacher=teacher, frozen=frozen, remat=o.remat)
+    tokens = o.batch_size * o.seq_len
+    sent = sent_bytes(
         student,
-        o.seq_len,
+        shape,
+        tokens=tokens,
+        micro_batches=o.accumulate,
         teacher=teacher,
-        frozen="|".join(f"(?:{p})" for p in patterns) or None,
+        teacher_layout=o.teacher_layout,
+        frozen=frozen,
         remat=o.remat,
+        itemsize=jnp.dtype(o.dtype).itemsize,
     )
-    speed = o.mfu * target.peak_flops * shape.size / flops["model"]
-    hours = o.tokens / speed / 3600
+    rate = math.inf if target.link is None else target.link * o.link_share
+    seconds = {
+        "compute": tokens * flops["model"] / (o.mfu * target.peak_flops * shape.size),
+        "overlapped": (sent["fsdp"] + sent["data"]) / rate,
+        "waiting": sent["tensor"] / rate,
+    }
+    fits = found["total"] <= (1 - _HEADROOM) * target.memory
+    speed = hours = None
+    if fits:
+        speed = tokens / (max(seconds["compute"], seconds["overlapped"]) + seconds["waiting"])
+        hours = o.tokens / speed / 3600
     return {
         "model": o.model,
         "teacher": o.teacher or o.model,
         "mesh": str(shape),
         "devices": shape.size,
         "device": target.name,
-        "params": matrix_params(student),
+        "params": count_params(student),
         "bytes": found,
         "memory": target.memory,
-        "fits": found["total"] <= (1 - _HEADROOM) * target.memory,
+        "fits": fits,
         "flops": {k: v * o.batch_size * o.seq_len for k, v in flops.items()},
         "mfu": o.mfu,
+        "sent": sent,
+        "seconds": seconds,
         "tokens_per_second": speed,
         "hours": hours,
-        "device_hours": hours * shape.size,
-        "cost": None if o.price is None else hours * shape.size * o.price,
+        "device_hours": None if hours is None else hours * shape.size,
+        "cost": None if o.price is None or hours is None else hours * shape.size * o.price,
         "compile_seconds": time.perf_counter() - began,
     }
 
@@ -154,6 +179,8 @@ def _check(o: Plan, shape: MeshShape) -> None:
         if getattr(o, name) < bound:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(o, name)} given; accepted: {bound} or more")
+    if not 0 < o.link_share <= 1:
+        raise UserError(f"--link-share {o.link_share} given; accepted: a share up to 1, above 0")
     if not 0 < o.mfu <= 1 or not 0 < o.tokens < math.inf or (o.price or 0) < 0:
         raise UserError(
             f"--mfu {o.mfu}, --tokens {o.tokens}, --price {o.price} given; accepted: a share up to "

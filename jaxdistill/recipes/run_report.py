@@ -13,7 +13,7 @@ from rich.markup import escape
 from jaxdistill._disk import write_whole
 from jaxdistill.errors import UserError
 from jaxdistill.evals.perplexity import recovered
-from jaxdistill.evals.slices import SliceReport, slice_warning
+from jaxdistill.evals.slices import SliceReport, slice_power, slice_warning
 from jaxdistill.mesh import on_primary
 from jaxdistill.models.json_text import read_object
 from jaxdistill.models.quantized import is_quantized
@@ -90,8 +90,7 @@ def report_run(
     """
     plain = {name: report.plain() for name, report in (slices or {}).items()}
     said = warnings_of(results)
-    if slices and (worst := slice_warning(slices, BY)):
-        said.append(worst)
+    said += [s for tell in (slice_warning, slice_power) if slices and (s := tell(slices, BY))]
     known = read_object(run.path / "config.json")
     page = RunPage(
         title=f"A jaxdistill run: {title}",
@@ -160,11 +159,7 @@ def _write(run: Path, page: RunPage, said: list[str]) -> None:
         f"# {page.title}\n",
         markdown_table(results),
         *gap,
-        *(
-            [f"By slice, with 95 % bootstrap intervals:\n\n{slices_markdown(slices, BY)}"]
-            if slices
-            else []
-        ),
+        *([f"By slice, with 95 % intervals:\n\n{slices_markdown(slices, BY)}"] if slices else []),
         *(f"Warning: {w}.\n" for w in said),
         "| file | what it is |\n| --- | --- |\n"
         "| index.html | all of this as one page, for a browser |\n"

@@ -28,7 +28,7 @@ _CAPTIONS = {
     "a small probe of held-out text. The dashed line is where rounding alone left it.",
     "recovered": "100 % is the teacher. What rounding lost and training brought back, by the "
     "divergence from the teacher and by the loss on the text itself.",
-    "slices": "A dot is a model on one slice, its line the 95 % bootstrap interval: wide where "
+    "slices": "A dot is a model on one slice, its line the 95 % interval: wide where "
     "there are few texts.",
     "coverage": "From right to left the student must be surer to answer. The line of both is what "
     "a user sees; the star is the threshold chosen, measured on questions that did not choose it.",
@@ -142,7 +142,7 @@ def _slices(run: RunPage) -> str:
     if not run.slices:
         return ""
     said = (
-        "Each cell is a value and its 95 % bootstrap interval over the texts. Lost: how much "
+        "Each cell is a value and its 95 % interval over the texts. Lost: how much "
         "worse the student is than the teacher. Excess: how much more was lost than on all other "
         "texts, its interval widened for the number of slices; one that is above 0 names a "
         "slice that distillation treats worse than the rest."

@@ -156,7 +156,12 @@ def cascade_rows(report: Mapping[str, Any]) -> Rows:
     """Return what ``recipes.cascade`` returns as rows: each tier alone, and the cascade."""
     unit = "" if report["unit"] == "given" else f", {report['unit']}"
     rows = [
-        [f"{name} alone", f"{tier['accuracy']:.1%}", f"{tier['cost']:.4g}", ""]
+        [
+            f"{name} alone",
+            "{:.1%} ({:.1%} to {:.1%})".format(tier["accuracy"], *tier["interval"]),
+            f"{tier['cost']:.4g}",
+            "",
+        ]
         for name, tier in report["alone"].items()
     ]
     if (there := report["test"]) is not None:
@@ -220,7 +225,12 @@ def cost_rows(report: Mapping[str, Any]) -> Rows:
 
 def cost_table(report: Mapping[str, Any]) -> Table:
     """Lay the same out for the terminal."""
-    return _shown(cost_rows(report), f"{report['requests']:,.0f} requests on {report['device']}")
+    student = report["student"]
+    frozen = {"": "all but adapters frozen", "none": "nothing frozen"}.get(
+        student["freeze"], f"frozen: {student['freeze']}"
+    )
+    title = f"{report['requests']:,.0f} requests on {report['device']}"
+    return _shown(cost_rows(report), f"{title}; student: {student['weights']}, {frozen}")
 
 
 _COSTS = ("device_hours", "kwh", "price")
@@ -244,12 +254,17 @@ def plan_table(report: Mapping[str, Any]) -> Table:
     title = f"{report['model']} on {report['devices']} x {report['device']} ({report['mesh']})"
     table = Table("a device", title=title, title_justify="left")
     table.add_column("GiB", justify="right")
+    table.caption = f"{report['params'] / 1e9:,.2f} B parameters"
     for name, value in report["bytes"].items():
         table.add_row(name, f"{value / 2**30:,.2f}")
     table.add_row("memory", f"{report['memory'] / 2**30:,.0f}")
     table.add_row("fits", "yes" if report["fits"] else "no")
     table.add_section()
     table.add_row("PFLOP a step (model)", f"{report['flops']['model'] / 1e15:,.2f}")
+    table.add_row("GB sent a step", f"{sum(report['sent'].values()) / 1e9:,.2f}")
+    if not report["fits"]:
+        table.add_row("tokens/s", "none: it does not fit")
+        return table
     table.add_row(f"tokens/s at {report['mfu']:.0%} MFU", f"{report['tokens_per_second']:,.0f}")
     table.add_row("hours", f"{report['hours']:,.1f}")
     table.add_row("device hours", f"{report['device_hours']:,.1f}")

@@ -7,13 +7,11 @@ from jaxdistill.errors import UserError
 from jaxdistill.evals.cascade import (
     NEVER,
     Tier,
-    agreement,
     calibrate,
     choice_confidence,
     coverage_curve,
     outcome,
     route,
-    text_confidence,
 )
 
 TARGET, SURE = 0.9, 0.95
@@ -126,8 +124,6 @@ def test_signals():
     np.testing.assert_allclose(signals["margin"], [0.5, 0.0], atol=1e-12)
     entropy = -sum(p * np.log(p) for p in (0.7, 0.2, 0.1)) / np.log(3)
     np.testing.assert_allclose(signals["entropy"], [1 - entropy, 0.0], atol=1e-12)
-    np.testing.assert_allclose(text_confidence([np.log([0.5, 0.125]), np.array([])]), [0.25, 0])
-    np.testing.assert_allclose(agreement([["a", "b", "a"], [1, 2]]), [2 / 3, 0.5])
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_the_report(made, inputs):
     assert json.loads((out / "cascade.json").read_text()) == json.loads(json.dumps(report))
     assert {p.name for p in (out / "plots").iterdir()} == {"coverage.png", "cost.png"}
     assert report["questions"] == {"calibration": 30, "test": 30}
-    assert report["unit"] == "GFLOPs" and list(report["alone"]) == ["student", "teacher"]
+    assert report["unit"] == "GB read" and list(report["alone"]) == ["student", "teacher"]
     test = report["test"]
     assert sum(test["shares"]) == pytest.approx(1)
     low, high = test["interval"]
@@ -119,7 +119,7 @@ def test_costs_and_a_person_in_the_command(inputs, capsys):
     main(["cascade", *given, *more])
     report = json.loads(capsys.readouterr().out)
     assert report["unit"] == "given" and list(report["alone"]) == ["student", "teacher", "person"]
-    assert report["alone"]["person"] == {"accuracy": 1.0, "cost": 100.0}
+    assert report["alone"]["person"].items() >= {"accuracy": 1.0, "cost": 100.0}.items()
     assert len(report["thresholds"]) == 2 and report["test"]["accuracy"] > 0.6
     assert report["test"]["shares"][2] > 0.3  # chance is half
     main(["cascade", *given, "--costs", "1", "10", "100", "--target-accuracy", "0.8"])

@@ -7,9 +7,13 @@ import pytest
 
 from jaxdistill.cli import main
 from jaxdistill.errors import UserError
-from jaxdistill.evals.cost import serving, stored_bytes
+from jaxdistill.evals.cost import matrix_params, serving, stored_bytes, training_flops
 from jaxdistill.evals.devices import device
 from jaxdistill.models.hub import load_config
+from jaxdistill.models.quantized import save_quantized
+from jaxdistill.quant.lattice import QuantSpec
+from jaxdistill.quant.measure import weight_bytes
+from jaxdistill.quant.policy import add_scales, default_policy, quantize_params, walk
 from jaxdistill.recipes.cost import Cost, cost
 from tests import tiny
 
@@ -63,6 +67,58 @@ def test_a_run_directory_is_its_student(models, tmp_path):
     assert cost(Cost(student=str(run))) == cost(Cost(student=models[1]))
 
 
+def test_a_float_student_has_16_bits_and_trains_all(models):
+    found = cost(Cost(student=models[0], tokens=1e6, seq_len=64))
+    config = load_config(models[0])
+    assert found["student"] == {"weights": "16 bits", "freeze": "none"}
+    assert found["weights"]["student"] == found["weights"]["teacher"] == stored_bytes(config, 16)
+    free = training_flops(config, 64, teacher=config)["model"]
+    assert found["training"]["flops"] == pytest.approx(1e6 * free)
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 32, True), (3, None, False)])
+def test_a_run_is_priced_at_its_own_bits(bits, group, symmetric, tmp_path):
+    """Against the bytes of its arrays, less norms and biases."""
+    config = tiny.config(tie_embeddings=False)
+    spec = QuantSpec(bits=bits, group_size=group, symmetric=symmetric, ranges="absmax")
+    policy = default_policy(spec, tied=False)
+    params = quantize_params(add_scales(tiny.params(config), policy), policy)
+    save_quantized(tmp_path / "run" / "student", config, params, None, policy)
+    (tmp_path / "run" / "config.json").write_text('{"options": {"freeze": "v_proj"}}')
+    found = cost(Cost(student=str(tmp_path / "run"), seq_len=64, tokens=1e6))
+    others = sum(
+        2 * leaf.size
+        for path, leaf in walk(params)
+        if not path.removesuffix("_q")
+        .removesuffix("_scale")
+        .removesuffix("_zero")
+        .endswith(("kernel", "embedding"))
+    )
+    held = found["weights"]["student"] + found["tables"]["student"]
+    assert held + others == weight_bytes(params, policy)
+    assert found["student"]["freeze"] == "v_proj" and f"{bits} bits" in found["student"]["weights"]
+    frozen = training_flops(config, 64, teacher=config, frozen="v_proj")["model"]
+    assert found["training"]["flops"] == pytest.approx(1e6 * frozen)
+    (tmp_path / "run" / "config.json").write_text('{"options": {"student_init": "lora:rank=4"}}')
+    adapters = cost(Cost(student=str(tmp_path / "run"), seq_len=64, tokens=1e6))
+    less = 2e6 * matrix_params(config)  # no kernel has a gradient
+    assert adapters["training"]["flops"] == pytest.approx(
+        1e6 * training_flops(config, 64, teacher=config)["model"] - less
+    )
+
+
+def test_an_untied_table_needs_memory_too(tmp_path):
+    weights = stored_bytes(load_config("llama-3.1-8b"), 16)
+    table = 128256 * 4096 * 2
+    gib = (weights + table / 2) / 2**30
+    small = {"name": "s", "tflops": 1, "gib": gib, "gb_per_s": 1}
+    (tmp_path / "devices.json").write_text(json.dumps({"small": small}))
+    job = Cost(student="llama-3.1-8b", device="small", devices=tmp_path / "devices.json")
+    found = cost(job)
+    assert found["tables"] == {"student": table, "teacher": table}
+    assert found["fits"] == {"student": True, "teacher": False}
+
+
 @pytest.mark.parametrize("coverage", [0.9, 0.8, 0.7, 1.0])
 def test_shares_that_are_all_the_requests(coverage, models):
     found = cost(Cost(student=models[0], coverage=coverage, person=round(1 - coverage, 2)))
@@ -83,6 +139,7 @@ def test_a_model_that_does_not_fit(models, tmp_path):
         ({"coverage": 0.9, "person": 0.2}, "1 in all at most"),
         ({"requests": -1.0}, "--requests -1.0 given"),
         ({"student_bits": 0}, "--student-bits 0 given"),
+        ({"group_size": 32}, "--group-size 32 needs --student-bits"),
         ({"mfu": 2.0}, "mfu 2.0"),
         ({"freeze": "("}, "--freeze '(' is not a regular expression"),
         ({"freeze": "auto"}, "accepted here: ov, none, or a regex"),

@@ -170,19 +170,22 @@ def test_advice_follows_the_numbers(made):
         "ptq": result(20.0, 0.8, 1_000_000),
         "student": result(12.0, 0.2, 1_000_000),
     }
-    many = {"all": {"items": 40}, "longest:0.35": {"items": 14}}
+    lost, excess = [0.2, 0.1, 0.3], [0.1, -0.2, 0.4]
+    many = {
+        name: {"items": 14, "metrics": {}, "derived": derived, "detectable": 0.05}
+        for name, derived in (("all", {}), ("longest:0.35", {"lost": lost, "excess": excess}))
+    }
     said = advice_of(report | {"results": results}, None, many, ["jaxdistill", "quantize"])
-    assert said[2].startswith("No watched slice of ten texts or more surely lost more")
+    assert said[2] == "No watched slice surely lost more than the others."
     assert "from 10.00 to 20.00; 3 steps brought it to 12.00, 75% of the KL" in said[0]
     assert "4 MB before and 1 after. Next: jaxdistill quantize" in said[4]
-    alone = {name: {"accuracy": 0.5, "cost": 1.0} for name in ("student", "teacher")}
-    even = {"results": results, "cascade": report["cascade"] | {"alone": alone}}
-    few = many | {"longest:0.35": {"items": 9}}
+    even = {"results": results, "cascade": report["cascade"] | {"student_lost": [0.0, -0.2, 0.2]}}
+    few = many | {"longest:0.35": many["longest:0.35"] | {"detectable": 0.5}}
     said = advice_of(report | even, None, few, ["again"])
-    assert said[2].startswith("No watched slice has 10 texts, too few to tell")
-    assert said[3].endswith("the student alone is no worse: 50.0%, 50.0%.")
-    alone["student"] = {"accuracy": 0.4, "cost": 1.0}
-    assert "no worse" not in advice_of(report | even, None, {}, ["again"])[3]
+    assert "0.500 more than the others' 0.100 nats a token; about 350 items" in said[2]
+    assert said[3].endswith("cannot be told apart: +0.0% lost (-20.0% to +20.0%).")
+    even["cascade"]["student_lost"] = [0.2, 0.1, 0.3]
+    assert "told apart" not in advice_of(report | even, None, {}, ["again"])[3]
     worse = results | {"student": result(30.0, 0.9, 1)}
     said = advice_of(report | {"results": worse}, "the slice 'x' lost most", many, ["again"])
     assert "did not help: KL 0.800 to 0.900. Lower --lr" in said[0]

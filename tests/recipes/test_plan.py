@@ -11,7 +11,8 @@ import pytest
 
 from jaxdistill.cli import main
 from jaxdistill.errors import UserError
-from jaxdistill.evals.cost import forward_flops, matrix_params, training_flops
+from jaxdistill.evals.communication import sent_bytes
+from jaxdistill.evals.cost import count_params, forward_flops, matrix_params, training_flops
 from jaxdistill.evals.devices import device
 from jaxdistill.kd.freeze import ov_freeze
 from jaxdistill.kd.step import adamw, init_state
@@ -62,7 +63,10 @@ def test_bytes_are_those_of_the_arrays(report):
 def test_speed_hours_and_cost_follow_from_the_flops(report):
     tokens = SMALL["batch_size"] * SMALL["seq_len"]
     per_token = report["flops"]["model"] / tokens
-    assert report["tokens_per_second"] == pytest.approx(0.4 * 989.4e12 * 8 / per_token)
+    seconds = report["seconds"]
+    assert seconds["compute"] == pytest.approx(tokens * per_token / (0.4 * 989.4e12 * 8))
+    step = max(seconds["compute"], seconds["overlapped"]) + seconds["waiting"]
+    assert report["tokens_per_second"] == pytest.approx(tokens / step)
     assert report["hours"] == pytest.approx(1e6 / report["tokens_per_second"] / 3600)
     assert report["cost"] == pytest.approx(report["hours"] * 8 * 3.0)
     assert report["flops"]["hardware"] > report["flops"]["model"]  # remat is on
@@ -90,7 +94,9 @@ def test_what_does_not_fit_is_said(model, monkeypatch):
     small = device("h100")
     object.__setattr__(small, "memory", 10_000)
     monkeypatch.setattr("jaxdistill.recipes.plan.device", lambda name: small)
-    assert not plan(Plan(model=model, **SMALL))["fits"]
+    found = plan(Plan(model=model, price=3.0, **SMALL))
+    assert not found["fits"]
+    assert [found[k] for k in ("tokens_per_second", "hours", "device_hours", "cost")] == [None] * 4
 
 
 def test_forward_flops_are_xlas_count():
@@ -125,9 +131,27 @@ def test_shipped_configs_have_the_published_size(name):
     assert size == pytest.approx(published[name], rel=1e-3)
 
 
+def test_what_is_sent_follows_the_layout_by_hand():
+    """Llama 3.1 8B, 8 x 512 tokens in bfloat16, on eight devices: 7/8 of each ring."""
+    config = load_config("llama-3.1-8b")
+    assert count_params(config) == pytest.approx(8.030e9, rel=1e-3)
+    size, width, layers, tokens = count_params(config), 4096, 32, 8 * 512
+    found = {
+        axis: sent_bytes(config, MeshShape(**{axis: 8}), tokens=tokens, teacher=config)
+        for axis in ("data", "fsdp", "tensor")
+    }
+    # Weights forward, backward and the teacher's; float32 gradients.
+    assert found["fsdp"]["fsdp"] == pytest.approx(7 / 8 * (3 * 2 + 4) * size)
+    assert found["data"]["data"] == pytest.approx(2 * 7 / 8 * 4 * size)
+    activations = 2 * tokens * width
+    assert found["tensor"]["tensor"] == pytest.approx(2 * 7 / 8 * activations * layers * (6 + 2))
+    assert all(v == 0 for axis, by in found.items() for other, v in by.items() if other != axis)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"link_share": 0.0}, r"--link-share 0.0 given"),
         ({"model": "nowhere"}, r"nowhere does not exist; accepted: llama-2-7b"),
         ({"device": "tpu"}, r"device 'tpu' given; accepted: a100"),
         ({"mesh": "rows=2"}, r"mesh 'rows=2' given"),

@@ -28,7 +28,7 @@ SLICES = {
         "derived": {"lost": [None, None, None]},
     },
 }
-TIER = {"accuracy": 0.8, "cost": 2.0}
+TIER = {"accuracy": 0.8, "interval": [0.6, 0.9], "cost": 2.0}
 CASCADE = {
     "unit": "GFLOPs",
     "questions": {"calibration": 30, "test": 31},
