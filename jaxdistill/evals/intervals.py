@@ -1,6 +1,6 @@
 """Confidence intervals that cover as often as they say, on few items too.
 
-`benchmarks/intervals.py` measures the coverage; `benchmarks/results/intervals.md` is its table.
+`python -m benchmarks.intervals` measures the coverage.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def mean_interval(
     if not counts.size:
         return NOTHING
     value, error = _ratio(sums, counts)
-    if counts.size == 1:
+    if counts.size == 1 or not math.isfinite(value):
         return Interval(value, math.nan, math.nan)
     if error <= 1e-12 * abs(value):  # the same on every item
         return Interval(value, value, value)

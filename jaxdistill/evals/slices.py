@@ -123,7 +123,7 @@ def report_slices(
         reports[name] = SliceReport(
             items=int(np.sum(mask)),
             metrics={
-                model: {m: metric_interval(m, *pair, confidence) for m, pair in sums.items()}
+                model: {m: metric_interval(m, s, c, confidence) for m, (s, c) in sums.items()}
                 for model, sums in here.items()
             },
             derived=derived,
@@ -154,8 +154,10 @@ def difference(name: str, first: ItemSums, second: ItemSums, confidence: float =
 
 def lost(results: Mapping[str, ItemSums], by: str, confidence: float = 0.95) -> Interval:
     """Return how much worse the student is than the teacher."""
-    pair = (results["student"], results["teacher"])
-    return difference(by, *(pair[::-1] if by in _DOWN else pair), confidence)
+    student, teacher = results["student"], results["teacher"]
+    if by in _DOWN:
+        return difference(by, teacher, student, confidence)
+    return difference(by, student, teacher, confidence)
 
 
 def gap_recovered(

@@ -19,8 +19,9 @@ import optax
 from rich.console import Console
 
 from jaxdistill.errors import UserError
+from jaxdistill.evals.compare import compare, summarize
 from jaxdistill.evals.confidence import teacher_confidence
-from jaxdistill.evals.perplexity import make_evaluator, make_row_evaluator
+from jaxdistill.evals.perplexity import make_row_evaluator
 from jaxdistill.evals.slices import report_slices
 from jaxdistill.kd.cross_tokenizer import cross_tokenizer_objective
 from jaxdistill.kd.freeze import (
@@ -154,15 +155,15 @@ def _distill(
     beside = [] if crossed else plain
     own = student.apply(trained=False, dtype=jnp.dtype(o.dtype))
     score = functools.partial(kd_objective, mixture=o.mixture, vocab_size=shared, chunk=o.chunk)
-    evaluate = make_evaluator(score(own, beside or None))
+    by_row = make_row_evaluator(score(own, beside or None, by_row=True))
 
-    def judge(stored: Params, on: list[Any]) -> dict[str, float | int]:
+    def judge(stored: Params, on: list[Any]) -> dict[str, Any]:
         policy = student.policy or Policy(rules=())
-        return evaluate(stored, guides if beside else None, on) | {
+        return summarize(by_row(stored, guides if beside else None, on)) | {
             "bytes": weight_bytes(stored, policy)
         }
 
-    results: Results = dict(known)
+    results: Results = {label: dict(result) for label, result in known.items()}
     before = student.stored(student.params)
     name = "ptq" if student.policy else "start"
     with console.status("evaluating before training"):
@@ -185,7 +186,9 @@ def _distill(
             Look(
                 o.eval_every or quarter,
                 lambda _, params: {
-                    f"eval/{k}": v for k, v in judge(student.stored(params), probe).items()
+                    f"eval/{k}": v
+                    for k, v in judge(student.stored(params), probe).items()
+                    if isinstance(v, float | int)
                 },
             )
         ]
@@ -228,13 +231,13 @@ def _distill(
         check_student(results["student"], o.lr)
     else:
         results["student"] = results[name]
+    compare(results, name)
     student.save(run.student, stored, base.tokenizer)
     slices = None
     if watch is not None:
         with console.status("evaluating slices"):
             states = {name: before, "student": stored} if o.steps else {"student": stored}
             seen = guides if beside else None
-            by_row = make_row_evaluator(score(own, beside or None, by_row=True))
             sums = {k: watch.texts.sums(by_row, params, seen) for k, params in states.items()}
             if beside:
                 alone = make_row_evaluator(score(plain[0], None, by_row=True))
@@ -356,10 +359,11 @@ def _rollout(o: Distill, student: Trainee, base: Model, shared: int) -> Any:
 
 def judge_teacher(
     o: Distill, teacher: Model, apply: Any, shared: int, held: list[Any]
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Return a teacher's own evaluation."""
-    alone = make_evaluator(kd_objective(apply, None, vocab_size=shared, chunk=o.chunk))
-    return alone(teacher.params, None, held) | {"bytes": weight_bytes(teacher.params)}
+    objective = kd_objective(apply, None, vocab_size=shared, chunk=o.chunk, by_row=True)
+    found = make_row_evaluator(objective)(teacher.params, None, held)
+    return summarize(found) | {"bytes": weight_bytes(teacher.params)}
 
 
 def enter_phase(

@@ -32,7 +32,7 @@ from jaxdistill.recipes.options import Quantize
 from jaxdistill.recipes.pilot_report import report_pilot
 from jaxdistill.recipes.prepare import check_length, split_rows
 from jaxdistill.recipes.quantize import quantize
-from jaxdistill.recipes.run_report import enough
+from jaxdistill.recipes.run_report import enough, surely
 from jaxdistill.recipes.slices import watched
 from jaxdistill.train.data import load_rows
 from jaxdistill.train.encode import encode_rows
@@ -129,7 +129,7 @@ class _Study:
         """Do all parts."""
         o, out = self.o, self.out
         ptq = self._part("ptq", "is training needed?", lambda: self._quantize("ptq", steps=0))
-        needed = not enough(ptq["teacher"], ptq["ptq"])
+        needed = not enough(ptq["ptq"])
         analysis: dict[str, Any] | None = None
         if needed:
             analysis = self._part("analysis", "what should be frozen?", self._analyze)
@@ -176,7 +176,7 @@ class _Study:
         if not needed:
             run, name = str(self.out / "run"), "student.gguf"
             return ["jaxdistill", "export", "--run", run, "--format", "gguf", "--out", name]
-        helped = results["student"]["kl"] < results["ptq"]["kl"]
+        helped = surely(results["student"], "ptq", "kl") <= 0
         changes: dict[str, Any] = {"freeze": freeze, "slice": o.slice, "samples": o.samples}
         changes |= {"steps": _LONGER * o.steps} if helped else {"lr": o.lr / 10}
         job = dataclasses.asdict(_job(o, Path("runs/full"), **changes))

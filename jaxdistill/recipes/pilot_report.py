@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from jaxdistill._disk import write_whole
-from jaxdistill.evals.perplexity import recovered
 from jaxdistill.evals.slices import SliceReport, slice_power, slice_warning
 from jaxdistill.models.json_text import parse_json, read_object
-from jaxdistill.recipes.run_report import BY, facts_of
+from jaxdistill.recipes.run_report import BY, facts_of, surely
 from jaxdistill.report.run_page import RunPage, run_page
 from jaxdistill.report.table import (
     cascade_sentence,
@@ -106,15 +105,22 @@ def advice_of(
     teacher, ptq, student = (results[name] for name in ("teacher", "ptq", "student"))
     rounding = f"rounding takes perplexity from {teacher['perplexity']:.2f} to "
     rounding += f"{ptq['perplexity']:.2f}"
-    back = recovered(ptq["kl"], student["kl"])
+    change = surely(student, "ptq", "kl")
     if not report["trained"]:
         first = f"No training needed: {rounding}, within 1 %."
-    elif back <= 0:
+    elif change == 0:
+        first = (
+            f"Rounding alone is not surely good enough ({rounding}), and whether training helps "
+            f"cannot be told from so few rows: KL {ptq['kl']:.3f} to {student['kl']:.3f}. Give "
+            "more --eval-tokens, or more --steps."
+        )
+    elif change > 0:
         first = (
             f"Training is needed ({rounding}), and this one did not help: KL {ptq['kl']:.3f} to "
             f"{student['kl']:.3f}. Lower --lr, or give more text."
         )
     else:
+        back = student["gap_recovered"]["kl"][0]
         first = (
             f"Training is needed and helps: {rounding}; {report['steps']} steps brought it to "
             f"{student['perplexity']:.2f}, {back:.0%} of the KL to the teacher recovered."

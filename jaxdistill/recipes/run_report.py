@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from jaxdistill._disk import write_whole
 from jaxdistill.errors import UserError
-from jaxdistill.evals.perplexity import recovered
 from jaxdistill.evals.slices import SliceReport, slice_power, slice_warning
 from jaxdistill.mesh import on_primary
 from jaxdistill.models.json_text import read_object
@@ -29,7 +28,7 @@ from jaxdistill.report.theme import write_pictures
 from jaxdistill.train.packing import Counts
 from jaxdistill.train.run_directory import RunDirectory, read_metrics, write_json
 
-Results = dict[str, dict[str, float | int]]
+Results = dict[str, dict[str, Any]]
 Slices = Mapping[str, SliceReport]
 BY = "nll"  # the metric that slices are compared by
 
@@ -43,14 +42,18 @@ def check_student(result: Mapping[str, float | int], lr: float) -> None:
         )
 
 
-def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:
-    """Say what the user should hear of the results: no training needed, or training that hurt."""
+def warnings_of(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say what the user should hear of the results: no training needed, or training that hurt.
+
+    Nothing is said of a difference that its interval does not tell from none.
+    """
     start, student, said = before_training(results), results["student"], []
-    teacher, name = results.get("teacher"), "PTQ" if "ptq" in results else "the start"
-    if teacher and enough(teacher, start):
+    label = "ptq" if "ptq" in results else "start"
+    name = "PTQ" if label == "ptq" else "the start"
+    if enough(start):
         said.append(f"{name} alone is within 1 % of the teacher's perplexity: no training needed")
     by = "kl" if "kl" in student else "nll"
-    if student[by] > start[by]:
+    if surely(student, label, by) > 0:
         said.append(
             f"held-out {by.upper()} ended at {student[by]:.4f}, above {name}'s {start[by]:.4f}: "
             "lower --lr, give more or closer data"
@@ -58,9 +61,16 @@ def warnings_of(results: Mapping[str, Mapping[str, float | int]]) -> list[str]:
     return said
 
 
-def enough(teacher: Mapping[str, float | int], start: Mapping[str, float | int]) -> bool:
-    """Return whether a student is good enough before training: within 1 % in perplexity."""
-    return start["perplexity"] <= 1.01 * teacher["perplexity"]
+def enough(start: Mapping[str, Any]) -> bool:
+    """Return whether a student is surely within 1 % of its teacher's perplexity before training."""
+    high = start.get("against", {}).get("teacher", {}).get("nll", [None])[-1]
+    return high is not None and high <= math.log(1.01)
+
+
+def surely(result: Mapping[str, Any], other: str, by: str) -> int:
+    """Return 1 where a loss is surely greater than another evaluation's, -1 where less, else 0."""
+    _, low, high = result.get("against", {}).get(other, {}).get(by, [None] * 3)
+    return int(low is not None and low > 0) - int(high is not None and high < 0)
 
 
 def before_training(results: Mapping[str, Mapping[str, float | int]]) -> dict[str, Any]:
@@ -138,6 +148,19 @@ def _sentence(warning: str) -> str:
     return warning[:1].upper() + warning[1:].rstrip(".") + "."
 
 
+def gap_lines(student: Mapping[str, Any], name: str) -> list[str]:
+    """Say how much of the gap to the teacher was closed, or why that has no number."""
+    lines = []
+    for metric, gap in student.get("gap_recovered", {}).items():
+        text = f"Share of {name}'s {metric.upper()} gap to the teacher recovered: "
+        lines.append(
+            f"{text}-, because {name} and teacher cannot be told apart on these rows.\n"
+            if gap is None
+            else text + "{:.1%} ({:.1%} to {:.1%}).\n".format(*gap)
+        )
+    return lines
+
+
 def _write(run: Path, page: RunPage, said: list[str]) -> None:
     """Write what ``report_run`` says."""
     results, slices = dict(page.results), page.slices
@@ -149,12 +172,10 @@ def _write(run: Path, page: RunPage, said: list[str]) -> None:
     if any(page.metrics.values()):
         write_pictures(run / "plots", draw_training(page.metrics, results))
     write_whole(run / "index.html", run_page(page))
-    start, student = before_training(results), results["student"]
-    gap = []
+    student, gap = results["student"], []
     if "kl" in student:
-        share = recovered(start["kl"], student["kl"])
         name = "PTQ" if "ptq" in results else "the start"
-        gap = [f"Share of {name}'s KL to the teacher recovered: {share:.1%}.\n"]
+        gap = gap_lines(student, name)
     lines = [
         f"# {page.title}\n",
         markdown_table(results),

@@ -13,7 +13,7 @@ from jaxdistill.evals.perplexity import recovered
 from jaxdistill.report.theme import Pictures, Theme, png, style
 
 Rows = Sequence[Mapping[str, float | int]]
-Evaluations = Mapping[str, Mapping[str, float | int]]
+Evaluations = Mapping[str, Mapping[str, Any]]
 
 
 def _curve(axes: Any, rows: Rows, name: str, label: str, **look: Any) -> None:
@@ -71,7 +71,12 @@ def _recovered(results: Evaluations, start: str, called: str) -> bytes:
     figure, axes = plt.subplots(figsize=(6, 1.6 + 0.8 * len(students)))
     low, high = 0.0, 0.0
     for offset, (name, goal) in ((-0.2, ("kl", 0.0)), (0.2, ("nll", teacher["nll"]))):
-        shares = [100 * recovered(ptq[name], results[s][name], goal) for s in students]
+        shares = [
+            100 * recovered(ptq[name], results[s][name], goal)
+            if results[s].get("gap_recovered", {}).get(name, 0) is not None
+            else 0.0  # teacher and start cannot be told apart: no bar
+            for s in students
+        ]
         low, high = min(low, *shares), max(high, *shares)
         places = [i + offset for i in range(len(students))]
         bars = axes.barh(places, shares, height=0.36, label=f"by {name.upper()}")

@@ -19,28 +19,52 @@ _COLUMNS = (
 )
 
 
-def _cells(result: Mapping[str, float | int]) -> list[str]:
+def _cells(result: Mapping[str, Any]) -> list[str]:
+    intervals = dict(result.get("intervals", {}))
+    if None not in intervals.get("nll", [None]):
+        intervals["perplexity"] = [math.exp(min(x, 700.0)) for x in intervals["nll"]]
     cells = []
     for name, _, form in _COLUMNS:
         value = result.get(name)
         scaled = value / 1e6 if name == "bytes" and value is not None else value
-        cells.append("" if scaled is None else form.format(scaled))
+        cell = "" if scaled is None else form.format(scaled)
+        if cell and None not in intervals.get(name, [None]):
+            cell += " ({} to {})".format(*map(form.format, intervals[name]))
+        cells.append(cell)
     return cells
 
 
-def result_table(results: Mapping[str, Mapping[str, float | int]], title: str = "") -> Table:
-    """Lay evaluations out as a terminal table, one row a model."""
-    return _shown(result_rows(results), title)
+def _difference_cells(found: Mapping[str, Sequence[float | None]]) -> list[str]:
+    cells = []
+    for name, _, form in _COLUMNS:
+        signed = form.replace("{:", "{:+")
+        values = ["-" if x is None else signed.format(x) for x in found.get(name, ())]
+        cells.append("{} ({} to {})".format(*values) if values else "")
+    return cells
 
 
-def result_rows(results: Mapping[str, Mapping[str, float | int]]) -> Rows:
-    """Return evaluations as heads and rows of text, one row a model."""
+def result_table(results: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
+    """Lay evaluations out as a terminal table: a row a model, then paired differences."""
+    heads, rows = result_rows(results)
+    return _shown((heads, [[c.replace(" (", "\n(") for c in row] for row in rows]), title)
+
+
+def result_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """Return evaluations as heads and rows of text, intervals with them.
+
+    One row a model; then one for each pair that was compared on the same rows of text.
+    """
     heads = ["model", *(head for _, head, _ in _COLUMNS)]
-    return heads, [[name, *_cells(result)] for name, result in results.items()]
+    rows = [[name, *_cells(result)] for name, result in results.items()]
+    for name, result in results.items():
+        for other, found in result.get("against", {}).items():
+            if name == "student" or "student" not in results or other == "teacher":
+                rows.append([f"{name} less {other}", *_difference_cells(found)])
+    return heads, rows
 
 
-def markdown_table(results: Mapping[str, Mapping[str, float | int]]) -> str:
-    """Lay evaluations out as a Markdown table, one row a model."""
+def markdown_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Lay evaluations out as a Markdown table, see ``result_rows``."""
     return _markdown(result_rows(results))
 
 

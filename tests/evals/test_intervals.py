@@ -75,11 +75,9 @@ def test_the_paired_difference_and_quotient_cover(n, first, second):
         return cell <= 1, (cell == 0) | (cell == 2)
 
     assert coverage(draw, paired_difference, first - second) >= 0.94
-    quotient = 0.6 / (0.6 - first + second)
-    found = [paired_quotient(*draw(np.random.default_rng(i))) for i in range(400)]
-    assert np.mean([not f.high < quotient < math.inf and not f.low > quotient for f in found]) >= (
-        0.93
-    )
+    quotient, random = 0.6 / (0.6 - first + second), np.random.default_rng(1)
+    found = [paired_quotient(*draw(random)) for _ in range(300)]  # NaN where undefined
+    assert np.mean([not (f.high < quotient or f.low > quotient) for f in found]) >= 0.92
 
 
 def test_a_difference_that_mcnemar_does_not_find_reaches_zero():
@@ -129,4 +127,6 @@ def test_what_no_item_tells():
     assert np.isnan(mean_interval(none, none)).all()
     one = mean_interval(np.array([2.0, 0.0]), np.array([4.0, 0.0]))
     assert one.value == 0.5 and math.isnan(one.low)
+    broken = mean_interval(np.array([1.0, np.nan]), np.ones(2))
+    assert np.isnan(broken).all()
     assert mean_interval(np.full(4, 2.0), np.full(4, 8.0)) == (0.25, 0.25, 0.25)

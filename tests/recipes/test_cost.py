@@ -11,9 +11,10 @@ from jaxdistill.evals.cost import matrix_params, serving, stored_bytes, training
 from jaxdistill.evals.devices import device
 from jaxdistill.models.hub import load_config
 from jaxdistill.models.quantized import save_quantized
+from jaxdistill.paths import walk
 from jaxdistill.quant.lattice import QuantSpec
 from jaxdistill.quant.measure import weight_bytes
-from jaxdistill.quant.policy import add_scales, default_policy, quantize_params, walk
+from jaxdistill.quant.policy import add_scales, default_policy, quantize_params
 from jaxdistill.recipes.cost import Cost, cost
 from tests import tiny
 

@@ -168,7 +168,11 @@ def test_advice_follows_the_numbers(made):
     results = {
         "teacher": result(10.0, 0.0, 4_000_000),
         "ptq": result(20.0, 0.8, 1_000_000),
-        "student": result(12.0, 0.2, 1_000_000),
+        "student": result(12.0, 0.2, 1_000_000)
+        | {
+            "against": {"ptq": {"kl": [-0.6, -0.7, -0.5]}},
+            "gap_recovered": {"kl": [0.75, 0.7, 0.8]},
+        },
     }
     lost, excess = [0.2, 0.1, 0.3], [0.1, -0.2, 0.4]
     many = {
@@ -186,7 +190,8 @@ def test_advice_follows_the_numbers(made):
     assert said[3].endswith("cannot be told apart: +0.0% lost (-20.0% to +20.0%).")
     even["cascade"]["student_lost"] = [0.2, 0.1, 0.3]
     assert "told apart" not in advice_of(report | even, None, {}, ["again"])[3]
-    worse = results | {"student": result(30.0, 0.9, 1)}
+    hurt = {"against": {"ptq": {"kl": [0.1, 0.05, 0.15]}}}
+    worse = results | {"student": result(30.0, 0.9, 1) | hurt}
     said = advice_of(report | {"results": worse}, "the slice 'x' lost most", many, ["again"])
     assert "did not help: KL 0.800 to 0.900. Lower --lr" in said[0]
     assert said[2] == "Mind the rare cases: the slice 'x' lost most."

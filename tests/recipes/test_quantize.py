@@ -16,6 +16,7 @@ import pytest
 
 from jaxdistill.cli import main
 from jaxdistill.errors import UserError
+from jaxdistill.evals.compare import compare, summarize
 from jaxdistill.models.hub import load_model
 from jaxdistill.paths import walk
 from jaxdistill.quant.policy import dequantize_params
@@ -224,13 +225,32 @@ def test_failures_before_training_write_nothing(inputs, tmp_path):
 
 
 def test_warnings_say_when_training_was_needless_or_hurt():
-    teacher, good, bad = (
-        {"perplexity": p, "kl": k} for p, k in ((10.0, 0.0), (10.05, 0.1), (20.0, 0.3))
-    )
-    assert warnings_of({"teacher": teacher, "ptq": bad, "student": good}) == []
-    said = warnings_of({"teacher": teacher, "ptq": good, "student": bad})
-    assert "no training needed" in said[0]
-    assert said[1].startswith("held-out KL ended at 0.3000, above PTQ's 0.1000")
+    random = np.random.default_rng(0)
+
+    def evaluation(nll, kl, noise):
+        tokens = np.full(30, 100.0)
+        drawn = random.normal(0, noise, (2, 30))
+        return summarize(
+            {
+                "nll": ((nll + drawn[0]) * tokens, tokens),
+                "kl": ((kl + drawn[1]) * tokens, tokens),
+            }
+        )
+
+    def said(ptq, student, noise):
+        results = {"teacher": evaluation(2.0, 0.0, 0.0), "ptq": evaluation(*ptq, noise)}
+        results["student"] = evaluation(*student, noise)
+        compare(results, "ptq")
+        return warnings_of(results), results
+
+    good, bad = (2.005, 0.1), (2.7, 0.3)
+    assert said(bad, good, 1e-4)[0] == []
+    warnings, results = said(good, bad, 1e-4)
+    assert "no training needed" in warnings[0]
+    assert warnings[1].startswith("held-out KL ended at 0.3") and "above PTQ's 0.1" in warnings[1]
+    assert results["student"]["against"]["ptq"]["kl"] == pytest.approx([0.2, 0.2, 0.2], abs=1e-3)
+    noise, results = said(good, bad, 2.0)  # the rows do not tell these models apart
+    assert noise == [] and results["student"]["gap_recovered"]["nll"] is None
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ SLICES = {
 }
 TIER = {"accuracy": 0.8, "interval": [0.6, 0.9], "cost": 2.0}
 CASCADE = {
-    "unit": "GFLOPs",
+    "unit": "GB read",
     "questions": {"calibration": 30, "test": 31},
     "target_accuracy": 0.7,
     "max_drop": None,
