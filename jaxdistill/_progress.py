@@ -50,7 +50,7 @@ class ItemProgress(Progress):
             disable=self._plain,
         )
 
-    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+    def advance(self, task_id: TaskID, advance: int | float = 1) -> None:
         """Count items; see ``rich.progress.Progress.advance``."""
         super().advance(task_id, advance)
         self._print(task_id)

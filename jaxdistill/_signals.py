@@ -97,8 +97,12 @@ class Listener:
             self._timer.start()
 
 
+_ending = threading.RLock()
+
+
 def end(number: int) -> None:
     """End the process, without another word of Python's."""
+    _ending.acquire()  # never released: of two threads the first one says it
     with contextlib.suppress(OSError):
         os.write(2, f"{Stopped(number)}\n".encode())
     os._exit(128 + number)
