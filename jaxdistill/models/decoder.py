@@ -8,6 +8,7 @@ under the same paths as in the full tree, so no second whole copy of the weights
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
@@ -25,10 +26,14 @@ from jaxdistill.models.blocks import LINEAR, MIX, Block, Linear, RMSNorm
 from jaxdistill.models.config import ModelConfig
 from jaxdistill.models.product import product
 from jaxdistill.models.rope import rope_tables
+from jaxdistill.models.transform import (
+    Params,
+    Transform,
+    transform_but_linear,
+    transformed_linear,
+)
 from jaxdistill.quant.held import Held, held_rows
 
-Params = dict[str, Any]
-Transform = Callable[[Params], Params]
 # (path of a linear layer, its input rows) -> the rows it shall see: activation fake quantization.
 Activation = Callable[[str, Array], Array]
 # By path: each linear layer's (input [N, in], output [N, out]), "layers/self_attn/q_proj"; the
@@ -146,6 +151,7 @@ def run_layer(
     places: Places,
     *,
     cache: Any = None,
+    transform: Transform | None = None,
     activation: Activation | None = None,
 ) -> tuple[Array, Any, Seen]:
     """Run one decoder layer.
@@ -156,6 +162,7 @@ def run_layer(
         x_ND: token-major rows.
         places: see ``places_of``.
         cache: the layer's (keys, values, length), or None.
+        transform: of the params, made again in the backward pass; None if they are transformed.
         activation: changes what each linear layer sees.
 
     Returns:
@@ -166,16 +173,22 @@ def run_layer(
     def look(call, args, kwargs, context):
         if context.method_name == "mix":
             seen["layers/self_attn/mix"] = args[:3]
-        if not isinstance(context.module, Linear) or context.method_name != "__call__":
+        module = context.module
+        if not (isinstance(module, Linear) and module.path and context.method_name == "__call__"):
             return call(*args, **kwargs)
-        path = "/".join(("layers", *context.module.path))
+        path = "/".join(("layers", *module.path))
         x = args[0] if activation is None else activation(path, args[0])
-        y = call(x)
+        if transform is None:
+            y = call(x)
+        else:
+            node = functools.reduce(operator.getitem, module.path, layer_params)
+            y = transformed_linear(module, transform)(x, node)
         seen[path] = (x, y)
         return y
 
+    variables = {"params": transform_but_linear(layer_params, transform)}
     with nn.intercept_methods(look):
-        y_ND, kv = cast(Any, Block(config).apply({"params": layer_params}, x_ND, *places, cache))
+        y_ND, kv = cast(Any, Block(config).apply(variables, x_ND, *places, cache))
     seen["layers"] = (x_ND, y_ND)
     return y_ND, kv, seen
 
@@ -200,7 +213,9 @@ def make_apply(
         config: the decoder's shape.
         transform: ``params -> params``, called inside the scan on ``{"layers": one layer}`` and
             outside on everything else; it must map leaves one by one (every transform in ``quant``
-            does), so that it gives what it gives on the whole tree.
+            does), so that it gives what it gives on the whole tree. The backward pass of scanned
+            layers calls it again, whatever ``remat`` says, so that no second copy of the weights
+            is stored.
         activation: ``(path, rows) -> rows``, what each linear layer of a decoder layer sees in
             place of its input; see ``quant.activations``.
         tap: ``(seen, extra) -> statistics``, called in each layer with what is ``Seen`` there and
@@ -234,11 +249,21 @@ def make_apply(
             places, cache = _places_after(config, cache, tokens, positions, segment_ids)
             past_kv = (cache.k, cache.v)
 
+        # Another remat makes the transform again with its layer. In straight-line code XLA would
+        # merge what is made again with what was stored.
+        again = remat == "none" and unroll != 0 and not isinstance(params["layers"], tuple)
+
         def body(x_ND: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
             layer_params, kv, extra = layer
             kv = None if kv is None else (*kv, start)
             x_ND, kv_out, seen = run_layer(
-                config, per_layer(layer_params), x_ND, places, cache=kv, activation=activation
+                config,
+                layer_params if again else per_layer(layer_params),
+                x_ND,
+                places,
+                cache=kv,
+                transform=transform if again else None,
+                activation=activation,
             )
             taken = tap(seen, extra) if tap else None
             return constrain(x_ND, ROWS), (None if kv is None else kv_out, taken)
