@@ -1,6 +1,6 @@
-"""Start the command line: first the signals, then the heap, then what takes seconds to import.
+"""Start the command line: first the heap, then the signals, then what takes seconds to import.
 
-Threads that importing starts would have heaps of their own.
+Threads that the other two start would have heaps of their own.
 """
 
 from jaxdistill._memory import keep_pages
@@ -9,8 +9,8 @@ from jaxdistill._signals import listen
 
 def main() -> None:
     """Run ``jaxdistill``; see ``jaxdistill.cli``."""
-    listen()
     keep_pages()
+    listen()
     from jaxdistill import cli
 
     cli.main()

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
+from jaxdistill._progress import ItemProgress
 from jaxdistill.evals.features import text_features
 from jaxdistill.models.hub import load_model
 from jaxdistill.recipes.demo import embedded_model
-from jaxdistill.report.progress import item_progress
-from jaxdistill.train.labelled import load_labelled, slices_of
+from jaxdistill.train.labelled import load_labelled
+from jaxdistill.train.slices import slices_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "cls"
@@ -71,7 +71,7 @@ def _digits(name: str, files: list[Path]) -> None:
 def _features(name: str, files: list[Path]) -> None:
     model = load_model(embedded_model()).floats()
     for file, data in zip(files, texts_of(name), strict=True):
-        with item_progress(Console(stderr=True)) as progress:
+        with ItemProgress() as progress:
             task = progress.add_task(f"features of {file.stem}", total=len(data))
             inputs = text_features(
                 model,
@@ -80,5 +80,5 @@ def _features(name: str, files: list[Path]) -> None:
                 layers=LAYERS,
                 progress=lambda n, task=task, bar=progress: bar.advance(task, n),
             )
-        masks = slices_of(data, [f"{k}={v}" for k, v in SLICES.get(name, {}).items()])
+        masks = slices_of(data.described, [f"{k}={v}" for k, v in SLICES.get(name, {}).items()])
         np.savez(file, inputs=inputs, labels=data.labels, **masks)

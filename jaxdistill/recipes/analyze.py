@@ -100,6 +100,8 @@ def analyze(o: Analyze, console: Console | None = None) -> dict[str, Any]:
     policy = policy_of(job, teacher)
     assert policy is not None  # Quantize has no float student
     trained = None if o.run is None else _student(o.run, teacher)
+    with console.status("quantizing"):
+        student = add_scales(teacher.params, policy)
     packed = pack_rows(
         load_rows(o.data),
         teacher,
@@ -110,8 +112,6 @@ def analyze(o: Analyze, console: Console | None = None) -> dict[str, Any]:
     )
     data = eval_batches_of(packed, o.batch_size, o.eval_tokens)
 
-    with console.status("quantizing"):
-        student = add_scales(teacher.params, policy)
     with console.status(f"running {len(data)} batches forward and back"):
         signals = _measure(o, teacher, policy, student, trained, data)
     layers = teacher.config.num_layers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,8 @@ def _distill(
     crossed = bool(loss.of_kind("cross_tokenizer"))
     sizes = [] if crossed else [check_same_vocabulary(t, base) for t in teachers]
     shared = min(sizes, default=base.config.vocab_size)
-    found = transfer_set(o, base, teachers, loss, console)
+    notes = io.StringIO()  # of the data, shown once nothing is refused
+    found = transfer_set(o, base, teachers, loss, Console(file=notes))
     if isinstance(found.rows, CachedRows):
         shared = min(shared, found.rows.cache.header.vocab_size)
     plain = [t.apply_fn(dtype=jnp.dtype(o.dtype)) for t in teachers]
@@ -144,6 +146,7 @@ def _distill(
         RunDirectory(o.out, said or identity(o), resume=o.resume, contents=contents)
     )
     write_counts(run.path, found)
+    console.out(notes.getvalue(), end="", highlight=False)
     if o.text_from == "teacher":
         where = run.path / "teacher_text.npz"
         found = with_teacher_text(

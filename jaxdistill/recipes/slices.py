@@ -53,7 +53,8 @@ class Texts:
         if not len(self.owner):
             raise UserError("the evaluation data hold no target token; give longer texts")
         pad = cast(int, tokenizer.pad_token_id or 0)
-        crops = [crop(examples[i], at, at + n) for i, at, n in zip(*pieces, strict=True)]
+        runs = zip(*(array.tolist() for array in pieces), strict=True)
+        crops = [crop(examples[i], start, start + length) for i, start, length in runs]
         packed = pack(crops, seq_len, packing="none", pad_id=pad)
         self.batches: list[Batch] = eval_batches(packed, batch_size)
 

@@ -54,7 +54,8 @@ def head(params, tokens, positions=None, segment_ids=None):
 @pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (2.0, 0.3), (1.0, 1.0)])
 def test_equals_dense_in_value_and_gradient(problem, fused, chunk, temperature, ce_weight):
     student, teacher, batch = problem
-    loss = f"{1 - ce_weight}*forward_kl:temperature={temperature}+{ce_weight}*ce"
+    terms = {f"forward_kl:temperature={temperature}": 1 - ce_weight, "ce": ce_weight}
+    loss = "+".join(f"{weight}*{term}" for term, weight in terms.items() if weight)
     objective = kd_objective(head, head, loss, chunk=chunk, fused=fused)
     got, gradient = jax.jit(jax.value_and_grad(lambda p: objective(p, teacher, batch)[0]))(student)
     want, wanted = jax.value_and_grad(dense_loss)(student, teacher, batch, temperature, ce_weight)

@@ -212,7 +212,7 @@ def test_failures_before_training_write_nothing(inputs, tmp_path):
     model, data = inputs
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match="hold no target token; give longer texts"):
+    with pytest.raises(UserError, match="the held-out data have no target token"):
         quantize(
             Quantize(model=model, data=data, eval_data=str(short), out=tmp_path / "r", **SMALL)
         )
