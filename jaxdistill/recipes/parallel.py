@@ -12,6 +12,9 @@ from rich.console import Console
 
 from jaxdistill.errors import UserError
 from jaxdistill.mesh import MeshShape, is_primary, make_mesh, on_mesh, parse_mesh
+from jaxdistill.recipes.peers import HEARTBEAT, Peers, coordinator
+
+_peers: Peers | None = None  # of the run's processes
 
 Recipe = TypeVar("Recipe", bound=Callable[..., Any])
 _HOSTS = "auto, or ADDRESS:PORT,PROCESSES,INDEX as in 10.0.0.1:1234,4,0"
@@ -44,12 +47,15 @@ def mesh_shape(o: Parallel) -> MeshShape | None:
     return parse_mesh(o.mesh or "")
 
 
-def join_hosts(hosts: str) -> None:
+def join_hosts(hosts: str, heartbeat: float = HEARTBEAT) -> None:
     """Connect this process with the others (``jax.distributed``), before any device is used.
+
+    From then on the process ends within ``heartbeat`` seconds when another one has died.
 
     Raises:
         UserError: the text is none of the two forms, or the others cannot be reached.
     """
+    global _peers
     if jax.distributed.is_initialized():
         return
     given: dict[str, Any] = {}
@@ -62,13 +68,15 @@ def join_hosts(hosts: str) -> None:
             raise UserError(f"--hosts {hosts!r} given: index {index} of {count}, counted from 0")
         given = {"coordinator_address": address, "num_processes": count, "process_id": index}
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=int(2 * heartbeat) + 1)
     except (ValueError, RuntimeError) as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise UserError(
             f"--hosts {hosts!r} given, and the processes cannot be joined ({reason}); accepted: "
             f"{_HOSTS}"
         ) from None
+    if jax.process_count() > 1:
+        _peers = Peers(coordinator(), heartbeat)
 
 
 def parallel(recipe: Recipe) -> Recipe:
@@ -84,7 +92,12 @@ def parallel(recipe: Recipe) -> Recipe:
         shape = mesh_shape(o)
         if not is_primary():
             console = Console(quiet=True)
-        with on_mesh(None if shape is None else make_mesh(shape)):
-            return recipe(o, console, **given)
+        try:
+            with on_mesh(None if shape is None else make_mesh(shape)):
+                return recipe(o, console, **given)
+        except (RuntimeError, ValueError) as e:
+            if _peers is not None:
+                _peers.wait(e)
+            raise
 
     return run  # pyright: ignore[reportReturnType]
