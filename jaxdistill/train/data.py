@@ -270,21 +270,25 @@ def _load_parquet(path: Path) -> datasets.Dataset:
             schema = pa.schema([pa.field(f.name, _travelling_type(f)) for f in given])
             most = available_memory() or 2**40
             if file.metadata.num_rows * len(given) * 8 > most:
-                raise ValueError(f"its {file.metadata.num_rows} rows do not fit into memory")
+                count = file.metadata.num_rows
+                raise UserError(f"{str(path)!r} has {count} rows: more than memory holds")
             read, rows, taken = [], 0, 0
             for batch in file.iter_batches(batch_size=256, use_threads=False):
                 batch.validate(full=True)  # UTF-8, and every offset and index inside
-                rows, taken = rows + batch.num_rows, taken + batch.nbytes
+                read.append(_travelling_batch(batch).cast(schema))  # no dictionary any more
+                rows, taken = rows + batch.num_rows, taken + read[-1].nbytes
                 # A quarter, because the rows are copied and tokenized; four times, because the
                 # first rows may be the longest.
                 if taken > most / 4 or taken / max(1, rows) * file.metadata.num_rows > 4 * most:
-                    raise ValueError(
-                        f"its first {rows} rows take {taken / 1e9:.1f} GB and {most / 1e9:.1f} GB "
-                        "of memory are available"
+                    raise UserError(
+                        f"the first {rows} of {file.metadata.num_rows} rows of {str(path)!r} take "
+                        f"{taken / 1e9:.1f} GB and {most / 1e9:.1f} GB of memory are available; "
+                        "give a part of it"
                     )
-                read.append(_travelling_batch(batch).cast(schema))
         table = pa.Table.from_batches(read, schema)
         return datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()))
+    except UserError:
+        raise
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
         raise UserError(
             f"data file {str(path)!r} cannot be read ({_line(error)}); "
