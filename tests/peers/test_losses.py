@@ -26,7 +26,8 @@ def test_loss_and_gradient_equal_torch(temperature, ce_weight):
     }
     tokens = rng.integers(0, V, (ROWS, SEQ))
     mask = rng.random((ROWS, SEQ)) < 0.7
-    loss = f"{1 - ce_weight}*forward_kl:temperature={temperature}+{ce_weight}*ce"
+    terms = {f"forward_kl:temperature={temperature}": 1 - ce_weight, "ce": ce_weight}
+    loss = "+".join(f"{weight}*{term}" for term, weight in terms.items() if weight)
     objective = kd_objective(head, head, loss, chunk=5)
     batch = {"tokens": jnp.asarray(tokens, jnp.int32), "loss_mask": jnp.asarray(mask)}
     student = {k: jnp.asarray(arrays[k]) for k in ("h", "e")}
