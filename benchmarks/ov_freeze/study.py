@@ -207,7 +207,8 @@ class Runner:
         for pattern in patterns:
             student = jd.snap(student, policy, pattern)
         forward = jd.make_apply(t.config, transform=jd.fake_quant_params(policy))
-        loss = f"{1 - first.ce_weight}*forward_kl+{first.ce_weight}*ce"
+        weights = {"forward_kl": 1 - first.ce_weight, "ce": first.ce_weight}
+        loss = "+".join(f"{weight}*{term}" for term, weight in weights.items() if weight)
         objective = jd.kd_objective(forward, self.float_apply, loss)
 
         def optimizer(lr):
