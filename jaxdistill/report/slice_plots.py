@@ -32,16 +32,18 @@ def draw_slices(
         for number, model in enumerate(models):
             offset = 0.22 * (number - (len(models) - 1) / 2)
             found = [(i, reports[n]["metrics"].get(model, {}).get(by)) for i, n in enumerate(names)]
-            known = [(i, *v) for i, v in found if v is not None and None not in v]
+            known = [(i, *v) for i, v in found if v is not None and v[0] is not None]
             if not known:
                 continue
             places, value, low, high = np.array(known, float).T
-            ends = np.abs([value - low, high - value])  # a percentile interval may lie beside it
+            # One item has no interval; a percentile interval may be to one side of the value.
+            ends = np.nan_to_num(np.abs([value - low, high - value]))
             axes.errorbar(value, places + offset, xerr=ends, fmt="o", ms=5, label=model)
         said = [f"{n[:40]} ({reports[n]['items']})".replace("$", r"\$") for n in names]
         axes.set_yticks(range(len(names)), said)
         axes.set(xlabel=by, title="by slice (items), with 95 % intervals")
         axes.grid(axis="x")
         axes.invert_yaxis()
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
         return {"slices": png(figure)}

@@ -169,6 +169,16 @@ def test_many_slices_with_odd_names_are_drawn():
     assert few == all_  # those that lost most
 
 
+def test_a_slice_of_one_item_is_drawn_without_an_interval():
+    def drawn(*interval):
+        slices = {
+            "one": {"items": 1, "metrics": {"student": {"nll": list(interval)}}, "derived": {}}
+        }
+        return draw_slices(slices, "nll")["slices"]
+
+    assert drawn(2.0, None, None) not in (drawn(None, None, None), drawn(2.0, 1.0, 3.0))
+
+
 def test_a_cascade_without_a_threshold_says_so():
     none = CASCADE | {"thresholds": None, "test": None}
     page = run_page(RunPage(title="t", cascade=none))
